@@ -93,12 +93,18 @@ pub struct Malformed {
     pub name: Name,
     /// What is wrong with it.
     pub error: Error,
+    /// On replies: the key of the [`ReplyLease`] it answers, so that its call can fail.
+    pub key: Option<String>,
 }
 
 impl Malformed {
     /// What arrived where, and what is wrong with it.
     pub fn new(name: Name, error: Error) -> Self {
-        Self { name, error }
+        Self {
+            name,
+            error,
+            key: None,
+        }
     }
 }
 
@@ -106,8 +112,8 @@ impl Malformed {
 pub struct Inbox {
     shared: Arc<Shared>,
     leases: Option<Leases>,
-    // Dropped with the inbox; tells the transport to stop.
-    _stop: Option<Box<dyn StopGuard>>,
+    // Dropped with the inbox, before what waits in it; tells the transport to stop.
+    stop: Option<Box<dyn StopGuard>>,
 }
 
 /// Anything a transport wants dropped together with an inbox.
@@ -157,7 +163,7 @@ impl Inbox {
         let inbox = Self {
             shared: shared.clone(),
             leases: None,
-            _stop: None,
+            stop: None,
         };
         (InboxSender { shared }, inbox)
     }
@@ -165,7 +171,7 @@ impl Inbox {
     /// For transports: `guard` is dropped together with the inbox.
     #[must_use]
     pub fn on_drop(mut self, guard: impl StopGuard + 'static) -> Self {
-        self._stop = Some(Box::new(guard));
+        self.stop = Some(Box::new(guard));
         self
     }
 
@@ -226,6 +232,8 @@ impl Stream for Inbox {
 
 impl Drop for Inbox {
     fn drop(&mut self) {
+        // First, so that a transport can tell what nobody ever saw from what a user dropped.
+        self.stop = None;
         let items = {
             let mut queue = self.shared.lock();
             queue.receiver_gone = true;

@@ -196,6 +196,9 @@ impl RpcError {
     /// The code for a request that found the service's queue full.
     pub const OVERLOADED: &'static str = "overloaded";
 
+    /// The code for a request that reached a service while it was stopping.
+    pub const UNAVAILABLE: &'static str = "unavailable";
+
     /// An error with a code and a message.
     pub fn new(code: impl Into<String>, message: impl fmt::Display) -> Self {
         Self {
