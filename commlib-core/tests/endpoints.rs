@@ -575,3 +575,26 @@ async fn a_lost_link_fails_calls_in_flight_at_once() {
         (2, Some(Gap::new(GapCause::LinkLost, None)))
     );
 }
+
+#[tokio::test]
+async fn dropping_the_last_handle_ends_the_link() {
+    let name = "endpoints-drop";
+    let connection = MemoryConfig::new(name).connect().await.unwrap();
+    let capabilities = connection.link().capabilities().clone();
+    let broker = Arc::downgrade(&commlib_core::MemoryBroker::named(name, &capabilities));
+    let service = connection
+        .rpc_service("echo", |q: Value| async move { Ok(q) })
+        .await
+        .unwrap();
+    let echo = connection.rpc_client::<Value, Value>("echo").unwrap();
+    echo.call(&json!(1)).await.unwrap();
+    drop((connection, echo));
+    assert!(broker.upgrade().is_some(), "the service still needs it");
+    service.stop().await;
+    within(async {
+        while broker.upgrade().is_some() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}

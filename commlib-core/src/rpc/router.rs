@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
+use tokio::task::AbortHandle;
 
 use super::pending::Pending;
 use crate::address::Source;
@@ -24,6 +25,14 @@ type Calls = Arc<Mutex<Pending<Waiter>>>;
 pub(crate) struct ReplyRouter {
     leases: Leases,
     calls: Calls,
+    task: AbortHandle,
+}
+
+impl Drop for ReplyRouter {
+    fn drop(&mut self) {
+        // Its inbox would keep the link of a dropped connection alive.
+        self.task.abort();
+    }
 }
 
 /// One call that waits. Dropping it forgets the call and gives back its reply address.
@@ -47,9 +56,12 @@ impl ReplyRouter {
                 .because("its transport leases no reply addresses")
         })?;
         let calls = Arc::new(Mutex::new(Pending::new()));
-        // Ends with its inbox, which ends with the connection.
-        tokio::spawn(route(inbox, calls.clone()));
-        Ok(Self { leases, calls })
+        let task = tokio::spawn(route(inbox, calls.clone())).abort_handle();
+        Ok(Self {
+            leases,
+            calls,
+            task,
+        })
     }
 
     /// Prepares for the reply to one call.
