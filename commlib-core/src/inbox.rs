@@ -266,6 +266,13 @@ impl InboxSender {
         self.shared.lock().bytes
     }
 
+    /// Whether as much waits here as the options allow. A best-effort inbox makes room by itself; an at-least-once one
+    /// takes more all the same.
+    pub fn is_full(&self) -> bool {
+        let queue = self.shared.lock();
+        queue.items.len() >= self.shared.max_len || queue.bytes >= self.shared.max_bytes
+    }
+
     /// Whether the receiving half has been dropped.
     pub fn is_gone(&self) -> bool {
         self.shared.lock().receiver_gone

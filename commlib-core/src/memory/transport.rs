@@ -253,19 +253,20 @@ type AckReplies = Arc<Mutex<mpsc::UnboundedReceiver<AckReply>>>;
 
 /// Brings acks to their subscription until all of them have been given.
 async fn settle(broker: Weak<MemoryBroker>, id: u64, replies: AckReplies) {
+    // Taken and settled under one lock, so that the end of the subscription sees every ack that was given before it.
     let next = || {
         poll_fn(|context| {
             let mut replies = replies.lock().unwrap_or_else(PoisonError::into_inner);
-            replies.poll_recv(context)
+            replies.poll_recv(context).map(|reply| {
+                let (reply, broker) = (reply?, broker.upgrade()?);
+                if let Some(acked) = broker.tables().acked(id) {
+                    acked.settle(reply);
+                }
+                Some(broker)
+            })
         })
     };
-    while let Some(reply) = next().await {
-        let Some(broker) = broker.upgrade() else {
-            return;
-        };
-        if let Some(acked) = broker.tables().acked(id) {
-            acked.settle(reply);
-        }
+    while let Some(broker) = next().await {
         broker.room.notify_waiters();
     }
 }
@@ -314,12 +315,13 @@ impl Listening {
         let Some((place, _sender)) = place else {
             return;
         };
-        let mut tables = self.broker.tables();
+        let tables = || self.broker.tables();
         match place {
-            Place::Topic(id) => tables.remove_listener(id),
+            Place::Topic(id) => tables().remove_listener(id),
             Place::Acked(id, replies) => {
-                // Acks that were given before the end count.
+                // Acks that were given before the end count. The locks are taken in the order of `settle`.
                 let mut replies = replies.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut tables = tables();
                 if let Some(acked) = tables.acked(id) {
                     while let Ok(reply) = replies.try_recv() {
                         acked.settle(reply);
@@ -327,10 +329,9 @@ impl Listening {
                 }
                 tables.remove_listener(id);
             }
-            Place::Queue(service, id) => tables.remove_service(&service, id),
-            Place::Replies(owner) => tables.remove_replies(&owner),
+            Place::Queue(service, id) => tables().remove_service(&service, id),
+            Place::Replies(owner) => tables().remove_replies(&owner),
         }
-        drop(tables);
         self.broker.room.notify_waiters();
     }
 }

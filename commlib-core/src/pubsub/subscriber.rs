@@ -17,7 +17,7 @@ use crate::ack::Ack;
 use crate::address::{Name, Pattern, Source};
 use crate::codec::{self, Value};
 use crate::error::{Error, ErrorKind, Result};
-use crate::inbox::{Arrival, Gap, Inbox, Incoming, Malformed};
+use crate::inbox::{Arrival, Gap, GapCause, Inbox, Incoming, Malformed};
 use crate::message::{Dialect, Header};
 use crate::scope::Scope;
 use crate::tasks::Handle;
@@ -306,7 +306,13 @@ impl<T: DeserializeOwned> Subscriber<T> {
                 Some(held) => held,
                 None => match ready!(self.inbox.poll_recv(context)) {
                     None => return Poll::Ready(None),
-                    Some(Incoming::Gap(gap)) => return Poll::Ready(Some(Incoming::Gap(gap))),
+                    Some(Incoming::Gap(gap)) => {
+                        if gap.cause == GapCause::SlowConsumer {
+                            // The jump in the count behind it is the same loss.
+                            self.sequence = SequenceWatch::default();
+                        }
+                        return Poll::Ready(Some(Incoming::Gap(gap)));
+                    }
                     Some(Incoming::Malformed(malformed)) => {
                         return Poll::Ready(Some(Incoming::Malformed(malformed)));
                     }

@@ -1,5 +1,6 @@
 //! Brings replies to the calls that wait for them. One per connection, started by the first call.
 
+use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
@@ -24,6 +25,7 @@ type Calls = Arc<Mutex<Pending<Waiter>>>;
 #[derive(Debug)]
 pub(crate) struct ReplyRouter {
     leases: Leases,
+    inbox: Arc<Mutex<Inbox>>,
     calls: Calls,
     task: AbortHandle,
 }
@@ -56,9 +58,11 @@ impl ReplyRouter {
                 .because("its transport leases no reply addresses")
         })?;
         let calls = Arc::new(Mutex::new(Pending::new()));
-        let task = tokio::spawn(route(inbox, calls.clone())).abort_handle();
+        let inbox = Arc::new(Mutex::new(inbox));
+        let task = tokio::spawn(route(inbox.clone(), calls.clone())).abort_handle();
         Ok(Self {
             leases,
+            inbox,
             calls,
             task,
         })
@@ -68,6 +72,11 @@ impl ReplyRouter {
     pub(super) fn wait(&self) -> Result<Waiting> {
         let lease = self.leases.lease();
         let (waiter, reply) = oneshot::channel();
+        // What has arrived is older than this call: a lost link that nobody has looked at yet must not fail it.
+        let mut inbox = lock(&self.inbox);
+        while let Some(incoming) = inbox.try_recv() {
+            bring(incoming, &self.calls);
+        }
         lock(&self.calls)
             .register(lease.key.clone(), waiter)
             .map_err(|_| closed())?;
@@ -92,37 +101,49 @@ impl Drop for Waiting {
     }
 }
 
-async fn route(mut inbox: Inbox, calls: Calls) {
-    while let Some(incoming) = inbox.recv().await {
-        match incoming {
-            Incoming::Message(arrival) => {
-                let waiter = arrival.key.and_then(|key| lock(&calls).take(&key));
-                match waiter {
-                    // The caller may have given up in this very moment.
-                    Some(waiter) => drop(waiter.send(Ok(arrival.message))),
-                    None => tracing::debug!(reply = %arrival.name, "late or repeated reply"),
-                }
-            }
-            Incoming::Malformed(malformed) => {
-                let waiter = malformed.key.and_then(|key| lock(&calls).take(&key));
-                match waiter {
-                    Some(waiter) => drop(waiter.send(Err(malformed.error))),
-                    None => tracing::warn!(error = %malformed.error, "unreadable reply"),
-                }
-            }
-            Incoming::Gap(gap) if gap.cause == GapCause::LinkLost => {
-                for waiter in lock(&calls).drain() {
-                    let error = Error::new(ErrorKind::ConnectionLost, "call over a link")
-                        .because("the link was lost before the reply came; the service may have acted on the request")
-                        .possibly_executed();
-                    let _ = waiter.send(Err(error));
-                }
-            }
-            Incoming::Gap(gap) => tracing::warn!(missed = gap.missed, "replies were lost"),
-        }
-    }
+async fn route(inbox: Arc<Mutex<Inbox>>, calls: Calls) {
+    // Taken and brought under one lock, which new calls take as well.
+    let next = || {
+        poll_fn(|context| {
+            let mut inbox = lock(&inbox);
+            inbox
+                .poll_recv(context)
+                .map(|incoming| incoming.map(|incoming| bring(incoming, &calls)))
+        })
+    };
+    while next().await.is_some() {}
     for waiter in lock(&calls).close() {
         let _ = waiter.send(Err(closed().possibly_executed()));
+    }
+}
+
+/// Brings a reply to its call, or a lost link to all of them.
+fn bring(incoming: Incoming, calls: &Calls) {
+    match incoming {
+        Incoming::Message(arrival) => {
+            let waiter = arrival.key.and_then(|key| lock(calls).take(&key));
+            match waiter {
+                // The caller may have given up in this very moment.
+                Some(waiter) => drop(waiter.send(Ok(arrival.message))),
+                None => tracing::debug!(reply = %arrival.name, "late or repeated reply"),
+            }
+        }
+        Incoming::Malformed(malformed) => {
+            let waiter = malformed.key.and_then(|key| lock(calls).take(&key));
+            match waiter {
+                Some(waiter) => drop(waiter.send(Err(malformed.error))),
+                None => tracing::warn!(error = %malformed.error, "unreadable reply"),
+            }
+        }
+        Incoming::Gap(gap) if gap.cause == GapCause::LinkLost => {
+            for waiter in lock(calls).drain() {
+                let error = Error::new(ErrorKind::ConnectionLost, "call over a link")
+                    .because("the link was lost before the reply came; the service may have acted on the request")
+                    .possibly_executed();
+                let _ = waiter.send(Err(error));
+            }
+        }
+        Incoming::Gap(gap) => tracing::warn!(missed = gap.missed, "replies were lost"),
     }
 }
 
@@ -130,6 +151,6 @@ fn closed() -> Error {
     Error::new(ErrorKind::Closed, "call").because("the connection was closed")
 }
 
-fn lock(calls: &Calls) -> MutexGuard<'_, Pending<Waiter>> {
-    calls.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

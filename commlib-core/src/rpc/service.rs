@@ -24,6 +24,10 @@ use crate::transport::{ListenOptions, SendOptions};
 /// How long a request is remembered whose caller did not say how long it waits.
 const DEFAULT_KEEP: Duration = Duration::from_secs(30);
 
+/// Requests that may wait to be looked at. They leave the inbox at once, so that one too many for a small queue is
+/// answered and not lost in a burst.
+const MIN_INBOX: usize = 16_384;
+
 /// Options of an RPC service.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -80,8 +84,7 @@ pub(super) async fn start(
     let connection = scope.connection().clone();
     let listen = ListenOptions::default()
         .dialect(connection.dialect())
-        // Requests leave the inbox at once; only a stalled machine lets them pile up there.
-        .prefetch(options.queue_limit + options.concurrency)
+        .prefetch((options.queue_limit + options.concurrency).max(MIN_INBOX))
         .max_bytes(64 << 20);
     let inbox = connection
         .transport()

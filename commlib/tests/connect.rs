@@ -1,0 +1,38 @@
+//! The scheme of a URL picks the transport, or the error says what to do.
+
+use commlib::ErrorKind;
+
+#[tokio::test]
+async fn memory_is_always_there() {
+    let connection = commlib::connect("memory:face").await.unwrap();
+    assert!(connection.link().state().is_connected());
+    connection.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_unknown_scheme_lists_the_known() {
+    let error = commlib::connect("ftp://u:secret@host").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert_eq!(
+        error.to_string(),
+        "broker URL scheme `ftp`: it is unknown; known are memory, mqtt, mqtts"
+    );
+}
+
+#[cfg(not(feature = "mqtt"))]
+#[tokio::test]
+async fn a_scheme_whose_feature_is_off_names_the_feature() {
+    let error = commlib::connect("mqtt://localhost").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert!(error.to_string().contains("feature `mqtt`"), "{error}");
+}
+
+#[cfg(feature = "mqtt")]
+#[tokio::test]
+async fn options_are_checked_before_any_socket_opens() {
+    let error = commlib::connect("mqtt://localhost:1?keepalive=1s")
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert!(error.to_string().contains("keepalive"), "{error}");
+}

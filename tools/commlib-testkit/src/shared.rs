@@ -1,0 +1,27 @@
+//! One broker for all tests that break nothing.
+
+use tokio::sync::OnceCell;
+
+use crate::mosquitto::Mosquitto;
+
+/// The environment variable that names an MQTT broker for tests that break nothing: one for a whole test run, which
+/// `commlib-testkit run` sets, or your own.
+pub const MQTT_URL: &str = "COMMLIB_TEST_MQTT_URL";
+
+static MOSQUITTO: OnceCell<Mosquitto> = OnceCell::const_new();
+
+/// The MQTT broker for tests that break nothing: the one that [`MQTT_URL`] names, or a Mosquitto that is started at the
+/// first call and serves this process until its end. `None` if there is neither; then the test is skipped.
+///
+/// # Panics
+/// If there is none although the environment demands it, see [`Mosquitto::available`].
+pub async fn mqtt_url() -> Option<String> {
+    if let Ok(url) = std::env::var(MQTT_URL) {
+        return Some(url);
+    }
+    if !Mosquitto::available() {
+        return None;
+    }
+    // Never dropped, as statics are: the watchdog ends it together with this process.
+    Some(MOSQUITTO.get_or_init(Mosquitto::start).await.url())
+}
