@@ -1,5 +1,6 @@
 //! When a quiet link is probed, and when it counts as dead. Holds no clock: time is an argument.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -8,12 +9,24 @@ use tokio::time::Instant;
 /// arrived meanwhile.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
 
+/// The slowest link that is not taken for a dead one, in bytes per second. What was written may wait in buffers of the
+/// system and of the network, which we do not see, and the answer to a probe waits behind it.
+const SLOWEST: u64 = 32 << 10;
+
+/// What fits into those buffers. Beyond it writing itself gets stuck, which is watched too.
+const BUFFERS: u64 = 4 << 20;
+
 /// Watches the traffic of one link.
 #[derive(Debug)]
 pub(crate) struct KeepAlive {
     period: Duration,
     last_in: Instant,
     last_out: Instant,
+    /// Bytes written over this link, and how many of them the broker is known to have read.
+    written: u64,
+    read: u64,
+    /// Where the unanswered probes stand among the bytes written.
+    probes: VecDeque<u64>,
     /// Since when bytes wait to be written without progress.
     stuck: Option<Instant>,
     probe: Probe,
@@ -46,6 +59,9 @@ impl KeepAlive {
             period,
             last_in: now,
             last_out: now,
+            written: 0,
+            read: 0,
+            probes: VecDeque::new(),
             stuck: None,
             probe: Probe::None,
             doubted: None,
@@ -60,6 +76,13 @@ impl KeepAlive {
         }
     }
 
+    /// A probe was answered: all that was written before it has arrived.
+    pub(crate) fn answered(&mut self) {
+        if let Some(place) = self.probes.pop_front() {
+            self.read = place;
+        }
+    }
+
     /// Bytes wait to be written.
     pub(crate) fn queued(&mut self, now: Instant) {
         self.stuck.get_or_insert(now);
@@ -68,10 +91,14 @@ impl KeepAlive {
     /// `bytes` were written and `rest` still wait.
     pub(crate) fn sent(&mut self, bytes: usize, rest: usize, now: Instant) {
         self.last_out = now;
+        self.written += bytes as u64;
         self.stuck = (rest > 0).then_some(now);
         if let Probe::Queued(ahead) = self.probe {
             self.probe = match ahead.saturating_sub(bytes) {
-                0 => Probe::Sent(now),
+                0 => {
+                    self.probes.push_back(self.written);
+                    Probe::Sent(now)
+                }
                 ahead => Probe::Queued(ahead),
             };
         }
@@ -119,7 +146,7 @@ impl KeepAlive {
 
     fn end(&self) -> Instant {
         let silent = match self.probe {
-            Probe::Sent(at) => Some(at + self.period / 2),
+            Probe::Sent(at) => Some(at + self.patience()),
             Probe::None | Probe::Queued(_) => None,
         };
         let stuck = self.stuck.map(|since| since + self.period * 3 / 2);
@@ -127,11 +154,17 @@ impl KeepAlive {
         silent.into_iter().chain(stuck).min().unwrap_or(never)
     }
 
+    /// How long an answer to a probe may take.
+    fn patience(&self) -> Duration {
+        let under_way = (self.written - self.read).min(BUFFERS);
+        self.period / 2 + Duration::from_secs(under_way / SLOWEST)
+    }
+
     fn epitaph(&self) -> String {
         match self.probe {
             Probe::Sent(_) => format!(
                 "the broker was silent for {:?} after a probe (keep_alive {:?})",
-                self.period / 2,
+                self.patience(),
                 self.period
             ),
             _ => format!(
@@ -228,6 +261,23 @@ mod tests {
             }
             keepalive.sent(10, 10_000, now);
         }
+    }
+
+    #[test]
+    fn what_was_written_before_a_probe_buys_time() {
+        let start = Instant::now();
+        let mut keepalive = KeepAlive::new(KEEP_ALIVE, start);
+        assert_eq!(keepalive.check(start + s(10)), Check::Probe);
+        keepalive.probing(20 * 32_768);
+        keepalive.sent(20 * 32_768, 0, start + s(10));
+        assert_eq!(keepalive.deadline(), start + s(10 + 5 + 20));
+        // Something else arrives: alive, but what was written may still be on its way.
+        keepalive.received(start + s(11));
+        keepalive.probing(2);
+        keepalive.sent(2, 0, start + s(21));
+        assert_eq!(keepalive.deadline(), start + s(21 + 5 + 20));
+        keepalive.answered();
+        assert_eq!(keepalive.deadline(), start + s(21 + 5));
     }
 
     #[test]

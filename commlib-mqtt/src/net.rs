@@ -65,6 +65,11 @@ async fn log_in(config: &MqttConfig, client_id: &str) -> Result<Wire, Failure> {
     let stream = TcpStream::connect(endpoint).await.map_err(io)?;
     // Small packets must not wait for each other: Nagle's algorithm costs 44 ms per call.
     stream.set_nodelay(true).map_err(io)?;
+    // A cut link is noticed by the system even while much that was written is not acknowledged.
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket2::SockRef::from(&stream)
+        .set_tcp_user_timeout(Some(config.keep_alive * 3 / 2))
+        .map_err(io)?;
     let (reader, mut writer) = stream.into_split();
     let mut packets =
         FramedRead::with_capacity(Watched::new(reader), packet::codec(config), READ_BUFFER);

@@ -88,6 +88,9 @@ impl Conn {
                 keepalive.queued(now);
             }
             keepalive.received(wire.packets.get_ref().last_read());
+            for _ in 0..std::mem::take(&mut self.session.answered_probes) {
+                keepalive.answered();
+            }
             let due = [
                 Some(keepalive.deadline()),
                 self.session.release_at(),

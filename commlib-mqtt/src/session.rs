@@ -48,6 +48,8 @@ pub(crate) struct Session {
     pub(crate) acks: mpsc::UnboundedSender<AckReply>,
     /// What is to be written.
     pub(crate) out: BytesMut,
+    /// Answers to PINGREQ since the last look.
+    pub(crate) answered_probes: u32,
     /// Those who wait for the end, once it is wanted.
     pub(crate) closing: Option<Vec<Waiting>>,
     /// SUBSCRIBE packets without an answer, and their filters.
@@ -72,6 +74,7 @@ impl Session {
             ledger: Ledger::default(),
             acks,
             out: BytesMut::new(),
+            answered_probes: 0,
             closing: None,
             pending: HashMap::new(),
             last_id: LAST_ID,
@@ -85,6 +88,7 @@ impl Session {
     pub(crate) fn link_up(&mut self, resumed: bool, again: bool, now: Instant) {
         self.out = BytesMut::new();
         self.pending.clear();
+        self.answered_probes = 0;
         self.recent = Recent::default();
         self.subscriptions.link_up(resumed);
         if !resumed {
@@ -149,7 +153,8 @@ impl Session {
             Packet::PubRel(release) => {
                 packet::put(&mut self.out, &Packet::PubComp(PubComp::new(release.pkid)));
             }
-            Packet::PingResp | Packet::UnsubAck(_) => {}
+            Packet::PingResp => self.answered_probes += 1,
+            Packet::UnsubAck(_) => {}
             other => return Err(format!("the broker sent an unexpected packet: {other:?}")),
         }
         Ok(())

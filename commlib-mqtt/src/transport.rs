@@ -260,7 +260,12 @@ impl Transport for MqttTransport {
                 self.config.hard_limit,
             ));
         }
-        let kept = options.delivery == Delivery::AtLeastOnce && matches!(to, Target::Topic(_));
+        let kept = options.delivery == Delivery::AtLeastOnce;
+        if kept && !matches!(to, Target::Topic(_)) {
+            return Err(Error::new(ErrorKind::Unsupported, "send to")
+                .at(to)
+                .because("requests and replies are best effort on MQTT"));
+        }
         if kept {
             let publish = Publish::from_bytes(topic, QoS::AtLeastOnce, payload);
             return self.send_kept(to, publish, &options).await;

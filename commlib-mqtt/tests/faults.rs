@@ -397,6 +397,10 @@ async fn a_slow_link_is_not_taken_for_a_dead_one() {
     let sender = connect(quick(broker.address())).await;
     post(&sender, "big", Message::new(text.clone())).await;
     assert_eq!(data(&mut inbox).await, text);
+    // And the same in the other direction.
+    let mut far = listen(&sender, "back").await;
+    post(&link, "back", Message::new(text.clone())).await;
+    assert_eq!(data(&mut far).await, text);
     assert_eq!(proxy.connections().total, 1);
 }
 

@@ -2,6 +2,11 @@
 //!
 //! Needs a Python that has it: `COMMLIB_TEST_PYTHON=/path/to/venv/bin/python` (`./test` makes one). Without it the tests
 //! are skipped with a notice, and fail where `CI=true`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a panic is how a test fails"
+)]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};

@@ -1,6 +1,11 @@
 //! Frames recorded from released versions of commlib-py: all of them are read, and ours are shaped like them.
 //!
 //! What the frames are and how they are stored: `vectors/commlib-py/README.md`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a panic is how a test fails"
+)]
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::future::Future;

@@ -17,6 +17,9 @@ use crate::failure::{Failure, chain, note};
 use crate::output::Output;
 use crate::stop::Stop;
 
+/// How many best-effort messages may wait for a slow reader of stdout before the oldest are dropped.
+const BURST: usize = 16_384;
+
 const EXAMPLES: &str = "\
 Examples:
   commlib sub 'sensors.*'
@@ -99,7 +102,7 @@ async fn listen(
         Some(durable) => SubscriberOptions::default()
             .delivery(Delivery::AtLeastOnce)
             .durable(durable.name()),
-        None => SubscriberOptions::default(),
+        None => SubscriberOptions::default().prefetch(BURST),
     };
     let subscribing = connection.subscriber_with(args.pattern.as_str(), options);
     let Some(subscriber) = stop.or(confirmed(subscribing)).await else {

@@ -3,7 +3,7 @@
 use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
-use commlib_testkit::{MQTT_URL, Mosquitto};
+use commlib_testkit::{MQTT_URL, Mosquitto, given_mqtt_url};
 
 /// Brokers for tests of commlib.
 #[derive(Debug, Parser)]
@@ -36,7 +36,7 @@ async fn run(command: &[String]) -> ExitCode {
     let mut child = Command::new(program);
     child.args(arguments);
     let mut broker = None;
-    if let Ok(url) = std::env::var(MQTT_URL) {
+    if let Some(url) = given_mqtt_url() {
         eprintln!(
             "commlib-testkit: tests use the MQTT broker that {MQTT_URL} names ({})",
             without_login(&url)

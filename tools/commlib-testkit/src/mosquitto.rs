@@ -33,11 +33,12 @@ const DURABLE: &str = "persistence true\nautosave_on_changes true\nautosave_inte
 /// so a fixture can share it; they must not run at the same time.
 #[derive(Debug)]
 pub struct Mosquitto {
-    program: PathBuf,
+    // Dropped in this order: a broker that lives would write into its folder while that is being removed.
+    process: Mutex<Option<Process>>,
     folder: TempDir,
+    program: PathBuf,
     port: u16,
     login: Option<(String, String)>,
-    process: Mutex<Option<Process>>,
 }
 
 /// What is special about a [`Mosquitto`].

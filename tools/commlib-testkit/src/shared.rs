@@ -16,7 +16,7 @@ static MOSQUITTO: OnceCell<Mosquitto> = OnceCell::const_new();
 /// # Panics
 /// If there is none although the environment demands it, see [`Mosquitto::available`].
 pub async fn mqtt_url() -> Option<String> {
-    if let Ok(url) = std::env::var(MQTT_URL) {
+    if let Some(url) = given_mqtt_url() {
         return Some(url);
     }
     if !Mosquitto::available() {
@@ -24,4 +24,9 @@ pub async fn mqtt_url() -> Option<String> {
     }
     // Never dropped, as statics are: the watchdog ends it together with this process.
     Some(MOSQUITTO.get_or_init(Mosquitto::start).await.url())
+}
+
+/// What [`MQTT_URL`] says; empty is as good as missing.
+pub fn given_mqtt_url() -> Option<String> {
+    std::env::var(MQTT_URL).ok().filter(|url| !url.is_empty())
 }

@@ -9,15 +9,18 @@ use tokio::net::TcpStream;
 
 /// The return code of a CONNACK, after a clean 3.1.1 CONNECT; `None` if the broker does not answer.
 async fn connect(port: u16, login: Option<(&str, &str)>) -> Option<u8> {
-    let mut body = b"\0\x04MQTT\x04\x02\0\x3c\0\x04test".to_vec();
+    // Clean session; with a login also the flags for user and password.
+    let flags = if login.is_some() { 0xc2 } else { 0x02 };
+    let mut body = b"\0\x04MQTT\x04".to_vec();
+    body.extend([flags, 0, 60]);
+    body.extend(b"\0\x04test");
     if let Some((user, password)) = login {
-        body[7] |= 0xc0;
         for text in [user, password] {
-            body.extend(u16::try_from(text.len()).unwrap().to_be_bytes());
+            body.extend((text.len() as u16).to_be_bytes());
             body.extend(text.bytes());
         }
     }
-    let mut packet = vec![0x10, u8::try_from(body.len()).unwrap()];
+    let mut packet = vec![0x10, body.len() as u8];
     packet.append(&mut body);
     let mut answer = [0; 4];
     let exchange = async {

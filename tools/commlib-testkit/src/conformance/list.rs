@@ -12,10 +12,6 @@ macro_rules! __with_cases {
             topics {
                 order_from_one_publisher []
                 two_subscribers_each_get_all []
-                last_star_is_one_or_more_segments []
-                inner_star_is_one_segment []
-                star_alone_is_everything []
-                arrival_names_are_reported []
                 first_message_after_subscribing_arrives []
                 a_dropped_subscriber_gets_nothing_more []
                 resubscribing_at_once_loses_nothing []
@@ -29,6 +25,12 @@ macro_rules! __with_cases {
                 handlers_get_messages_in_order []
                 a_blocked_handler_delays_nobody []
                 bad_names_are_refused []
+            }
+            patterns {
+                last_star_is_one_or_more_segments []
+                inner_star_is_one_segment []
+                star_alone_is_everything []
+                arrival_names_are_reported []
             }
             delivery {
                 confirmed_messages_arrive [Confirms]
@@ -60,14 +62,16 @@ macro_rules! __with_cases {
                 a_timeout_is_a_timeout []
                 a_late_reply_is_harmless []
                 a_cancelled_call_leaves_nothing []
+                an_undecodable_reply_is_told []
+                repeated_replies_are_ignored []
+                replies_to_nobody_are_harmless []
+            }
+            services {
                 a_handlers_error_is_remote []
                 a_handlers_panic_is_remote []
                 a_blocked_handler_delays_no_other []
                 an_undecodable_request_is_answered []
-                an_undecodable_reply_is_told []
                 a_request_without_reply_address_is_harmless []
-                repeated_replies_are_ignored []
-                replies_to_nobody_are_harmless []
                 expired_requests_are_answered []
                 a_full_service_says_so []
                 a_repeated_request_runs_once []
@@ -99,6 +103,8 @@ macro_rules! __with_cases {
                 closing_fails_calls_in_flight []
                 accepted_messages_leave_before_the_close [Confirms]
                 clones_share_the_end []
+            }
+            nodes {
                 a_namespace_prefixes_names []
                 shutdown_waits_for_running_handlers []
                 shutdown_keeps_its_limit []

@@ -32,14 +32,18 @@
 //! time is the subject. Every wait is bounded by [`within`].
 
 pub mod delivery;
+mod gate;
 pub mod life;
 mod list;
 pub mod messages;
+pub mod nodes;
 pub mod outage;
-pub mod peer;
+pub mod patterns;
+mod peer;
 pub mod queues;
 pub mod rpc;
 mod runner;
+pub mod services;
 pub mod topics;
 
 use std::fmt;

@@ -51,11 +51,11 @@ faults! {
     /// Lets a later message overtake an earlier one.
     Reorders "topics::order_from_one_publisher"
     /// Takes a star at the end for one segment.
-    ShallowStars "topics::last_star_is_one_or_more_segments"
+    ShallowStars "patterns::last_star_is_one_or_more_segments"
     /// Never delivers for a pattern with a star in the middle.
-    NoInnerStars "topics::inner_star_is_one_segment"
+    NoInnerStars "patterns::inner_star_is_one_segment"
     /// Reports a name that also matches, but is not the one.
-    WrongName "topics::arrival_names_are_reported"
+    WrongName "patterns::arrival_names_are_reported"
     /// Says that it listens before it does.
     ListensLate "topics::first_message_after_subscribing_arrives"
     /// Gives a message to one of several matching subscriptions of a connection.
@@ -95,11 +95,11 @@ faults! {
     /// Loses every tenth reply.
     LosesReplies "rpc::a_hundred_calls_answered_out_of_order"
     /// Takes the deadline off requests.
-    ForgetsDeadlines "rpc::expired_requests_are_answered"
+    ForgetsDeadlines "services::expired_requests_are_answered"
     /// Drops requests that their sender has dated in the past or future.
-    TrustsClocks "rpc::clocks_ten_years_off"
+    TrustsClocks "services::clocks_ten_years_off"
     /// Takes the error off replies.
-    LosesErrors "rpc::a_handlers_error_is_remote"
+    LosesErrors "services::a_handlers_error_is_remote"
     /// Accepts what is too large and loses it.
     AcceptsTooLarge "messages::too_large_is_refused_before_sending"
     /// Cuts large data.
