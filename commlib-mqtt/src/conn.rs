@@ -84,6 +84,10 @@ impl Conn {
             Ok(wire) => {
                 let mut up_since = None;
                 let end = self.serve(wire, history.again, &mut up_since).await;
+                if self.session.closing.is_some() {
+                    // Also if the link was lost meanwhile: whoever closes does not wait for it to come back.
+                    return Err(Ending::closed());
+                }
                 history.again |= up_since.is_some();
                 history.attempt = 0;
                 history.short_lives += 1;

@@ -103,3 +103,8 @@ pub mod prelude {
         Received, Rpc, RpcClient, RpcError, Subscriber, SubscriberOptions,
     };
 }
+
+// The programs of the README are compiled and run as documentation tests. Not in the packed crate, where it lies elsewhere.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -118,6 +118,8 @@ pub struct Received<T> {
 impl<T> Received<T> {
     /// Takes over the duty to acknowledge; `None` on best-effort subscriptions.
     ///
+    /// What is taken over is not remembered by [`SubscriberOptions::dedup`]: only its new owner knows whether it was done.
+    ///
     /// Without this, the stream form acknowledges the message when the next one is asked for, and the handler form
     /// when the handler has returned `Ok`.
     pub fn take_ack(&mut self) -> Option<Ack> {

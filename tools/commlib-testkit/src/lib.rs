@@ -5,12 +5,12 @@
 //! | a broker of a test's own, to be killed, paused and restarted | [`Mosquitto`] |
 //! | a broker that all tests share | [`mqtt_url`], and the program `commlib-testkit run -- COMMAND` |
 //! | a link that is cut, silent, slow or refused | [`Proxy`] |
-//! | what every transport must do | [`conformance`] |
+//! | what every transport must do | [`conformance`](mod@conformance) |
 //! | the proof that those cases can fail | [`wrong`] |
 //!
 //! # For authors of a transport
 //! Implement [`Transport`](commlib_core::Transport), whose documentation holds the rules. Then write a test file that
-//! says how to connect, and ends in one macro call: the example is in [`conformance`]. What the transport declares in its
+//! says how to connect, and ends in one macro call: the example is in [`conformance`](mod@conformance). What the transport declares in its
 //! [`Capabilities`](commlib_core::Capabilities) decides which cases apply; each of the others prints why it does not.
 //! With a [`Fixture::outage`](conformance::Fixture::outage) the cases about lost links apply as well: stop and start a
 //! real broker, or put a [`Proxy`] before one that others use.
@@ -34,6 +34,7 @@
 //!
 //! # Environment
 //! * `COMMLIB_TEST_MQTT_URL`: tests that break nothing use this broker instead of starting one.
+//! * `COMMLIB_TEST_BROKERS=skip`: tests that need a broker are skipped.
 //! * `COMMLIB_TEST_BROKERS=require`, or `CI=true`: a missing broker program fails tests instead of skipping them.
 //!
 //! Everything here panics with a plain text when it cannot do its work, because that is how a test fails.

@@ -147,7 +147,7 @@ crate::__with_cases!(__case_table! CASES);
 /// Turns the list of cases into tests, one `#[test]` each, in a module per group.
 ///
 /// The argument is an `async fn(&'static Case) -> Option<impl Fixture>`, by a name that is in scope; `None` skips the
-/// case. See [`conformance`](crate::conformance).
+/// case. See [`conformance`](mod@crate::conformance).
 #[macro_export]
 macro_rules! conformance {
     ($make:expr) => {

@@ -1,4 +1,4 @@
-//! Transports that misbehave on purpose: the proof that the cases of [`conformance`](crate::conformance) can fail.
+//! Transports that misbehave on purpose: the proof that the cases of [`conformance`](mod@crate::conformance) can fail.
 
 mod incoming;
 mod outgoing;
