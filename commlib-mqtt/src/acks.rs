@@ -9,7 +9,7 @@ use commlib_core::{AckOutcome, AckReply};
 use crate::packet::Publish;
 
 /// How often a receiver is given a message that it does not accept.
-pub(crate) const MAX_TRIES: u8 = 5;
+const MAX_TRIES: u8 = 5;
 
 /// What a message costs beside its topic and payload.
 const OVERHEAD: usize = 128;
@@ -138,17 +138,20 @@ impl Ledger {
         self.change(number, |message| message.held = true);
     }
 
-    /// The held messages that a newly come listener wants. They are held no more.
-    pub(crate) fn claim(&mut self, wants: impl Fn(&str) -> bool) -> Vec<(u64, Publish)> {
+    /// Makes a newly come listener the receiver of the held messages that it wants. They are held no more.
+    pub(crate) fn claim(
+        &mut self,
+        listener: u64,
+        wants: impl Fn(&str) -> bool,
+    ) -> Vec<(u64, Publish)> {
         let mut claimed = Vec::new();
-        if self.held > 0 {
-            for number in &self.order {
-                if let Some(message) = self.messages.get(number)
-                    && message.held
-                    && wants(&message.publish.topic)
-                {
-                    claimed.push((*number, message.publish.clone()));
-                }
+        for number in self.held() {
+            if let Some(message) = self.messages.get(&number)
+                && wants(&message.publish.topic)
+            {
+                let publish = message.publish.clone();
+                claimed.push((self.add_receiver(number, listener), publish));
+                self.unhold(number);
             }
         }
         claimed
@@ -161,15 +164,25 @@ impl Ledger {
 
     /// Lets go of what is held, and says how many that were.
     pub(crate) fn release(&mut self) -> usize {
-        let held = self.held;
-        for number in self.order.clone() {
+        let held = self.held();
+        for &number in &held {
             self.unhold(number);
+        }
+        held.len()
+    }
+
+    /// The numbers of what is held, in the order of arrival; over which link it came does not matter.
+    fn held(&self) -> Vec<u64> {
+        let mut held = Vec::new();
+        if self.held > 0 {
+            let messages = self.messages.iter().filter(|(_, m)| m.held);
+            held.extend(messages.map(|(number, _)| *number));
+            held.sort_unstable();
         }
         held
     }
 
-    /// Lets go of a held message.
-    pub(crate) fn unhold(&mut self, number: u64) {
+    fn unhold(&mut self, number: u64) {
         self.change(number, |message| message.held = false);
     }
 
@@ -409,23 +422,17 @@ mod tests {
             ledger.hold(number);
         }
         assert!(ledger.holds() && finished(&mut ledger).is_empty());
-        assert!(ledger.claim(|topic| topic == "x").is_empty());
-        let claimed = ledger.claim(|topic| topic == "a/b");
-        assert_eq!(claimed.len(), 3);
-        let ids: Vec<_> = claimed
-            .iter()
-            .map(|(number, _)| {
-                let id = ledger.add_receiver(*number, 1);
-                ledger.unhold(*number);
-                id
-            })
-            .collect();
+        assert!(ledger.claim(1, |topic| topic == "x").is_empty());
+        let claimed = ledger.claim(1, |topic| topic == "a/b");
+        let ids: Vec<_> = claimed.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids.len(), 3);
+        assert!(!ledger.holds());
         // It goes before it is done: the third is for the next listener.
         ledger.settle(reply(ids[0], AckOutcome::Accept));
         ledger.gone(ids[1], false);
         ledger.gone(ids[2], true);
         assert_eq!(finished(&mut ledger), [1, 2]);
-        assert_eq!(ledger.claim(|_| true).len(), 1);
+        assert!(ledger.holds());
         assert_eq!(ledger.release(), 1);
         assert_eq!(finished(&mut ledger), [3]);
     }

@@ -38,7 +38,8 @@ impl FromStr for Session {
 ///
 /// As a URL: `mqtt://[user:password@]host[:1883]?option=value&…`. Options are `client_id`, `session` (`clean`,
 /// `persistent`), `keep_alive`, `connect_timeout`, `close_timeout`, `start` (`online`, `offline`), `dialect`,
-/// `max_payload`, `hard_limit`, `outbox`, `outbox_bytes` and `unacked_bytes`; they mean what the fields say.
+/// `max_payload`, `hard_limit`, `outbox`, `outbox_bytes` and `unacked_bytes`; they mean what the fields say. `protocol`
+/// is `3.1.1`.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -62,8 +63,8 @@ pub struct MqttConfig {
     pub client_id: Option<String>,
     /// What the broker keeps while this client is away.
     pub session: Session,
-    /// How often a quiet link is probed, in whole seconds. A dead link is noticed within one and a half times this.
-    /// Default 10 s.
+    /// How often a quiet link is probed, in whole seconds. A dead link is noticed within one and a half times this,
+    /// or later by as long as what was written before may be under way on a slow link. Default 10 s.
     pub keep_alive: Duration,
     /// How long `connect` keeps trying. Default 10 s.
     pub connect_timeout: Duration,

@@ -1,6 +1,5 @@
 //! The task that owns the connection: connects, keeps it alive, connects again.
 
-use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -187,6 +186,15 @@ impl Conn {
 
     /// Says that everything works again.
     pub(crate) fn announce(&mut self, resumed: bool) {
+        // Accepted before the link was lost. A command that comes minutes late is worse than one that does not come; its
+        // receivers see the gap, and a call among them has failed already.
+        let mut stale = 0_u32;
+        while self.best_effort.try_recv().is_ok() {
+            stale += 1;
+        }
+        if stale > 0 {
+            tracing::warn!(broker = %self.config.address, messages = stale, "best-effort messages were lost with the link");
+        }
         tracing::info!(broker = %self.config.address, client_id = %self.client_id, resumed, "connected");
         self.state.send_replace(LinkState::Connected { resumed });
         if let Some((first, _)) = self.first.take() {

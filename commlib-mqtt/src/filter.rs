@@ -1,4 +1,6 @@
-//! The algebra of MQTT topic filters: what matches, what covers what.
+//! The algebra of MQTT topic filters: what matches, what covers what, and a map that is searched so.
+
+use std::collections::{BTreeMap, HashMap};
 
 /// Whether a filter holds a wildcard.
 pub(crate) fn is_wild(filter: &str) -> bool {
@@ -38,6 +40,88 @@ pub(crate) fn overlap(a: &str, b: &str) -> bool {
             (Some(x), Some(y)) if x == y || x == "+" || y == "+" => {}
             _ => return false,
         }
+    }
+}
+
+/// Values by filter. Those without wildcards are found without looking at each.
+#[derive(Debug)]
+pub(crate) struct FilterMap<V> {
+    exact: HashMap<String, V>,
+    wild: BTreeMap<String, V>,
+}
+
+impl<V> Default for FilterMap<V> {
+    fn default() -> Self {
+        Self {
+            exact: HashMap::new(),
+            wild: BTreeMap::new(),
+        }
+    }
+}
+
+impl<V> FilterMap<V> {
+    /// The value of this very filter.
+    pub(crate) fn get(&self, filter: &str) -> Option<&V> {
+        self.exact.get(filter).or_else(|| self.wild.get(filter))
+    }
+
+    /// As [`get`](Self::get), to change it.
+    pub(crate) fn get_mut(&mut self, filter: &str) -> Option<&mut V> {
+        let wild = &mut self.wild;
+        self.exact.get_mut(filter).or_else(|| wild.get_mut(filter))
+    }
+
+    /// The value of a filter, a new one if there was none.
+    pub(crate) fn get_or_default(&mut self, filter: &str) -> &mut V
+    where
+        V: Default,
+    {
+        let owned = filter.to_owned();
+        if is_wild(filter) {
+            self.wild.entry(owned).or_default()
+        } else {
+            self.exact.entry(owned).or_default()
+        }
+    }
+
+    /// Sets the value of a filter.
+    pub(crate) fn insert(&mut self, filter: &str, value: V) {
+        let owned = filter.to_owned();
+        if is_wild(filter) {
+            self.wild.insert(owned, value);
+        } else {
+            self.exact.insert(owned, value);
+        }
+    }
+
+    /// Forgets a filter.
+    pub(crate) fn remove(&mut self, filter: &str) {
+        if self.exact.remove(filter).is_none() {
+            self.wild.remove(filter);
+        }
+    }
+
+    /// All filters with their values.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &V)> {
+        let exact = self.exact.iter().map(|(f, v)| (f.as_str(), v));
+        exact.chain(self.wild.iter().map(|(f, v)| (f.as_str(), v)))
+    }
+
+    /// All values, to change them.
+    pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut V> {
+        self.exact.values_mut().chain(self.wild.values_mut())
+    }
+
+    /// The filters with a wildcard.
+    pub(crate) fn wild(&self) -> impl Iterator<Item = &str> {
+        self.wild.keys().map(String::as_str)
+    }
+
+    /// The values of all filters that cover a topic, or another filter.
+    pub(crate) fn covering(&self, narrow: &str) -> impl Iterator<Item = &V> {
+        let wild = self.wild.iter().filter(move |(f, _)| covers(f, narrow));
+        let exact = self.exact.get(narrow);
+        exact.into_iter().chain(wild.map(|(_, value)| value))
     }
 }
 
@@ -84,6 +168,25 @@ mod tests {
         }
         assert!(overlap("a/+", "+/b") && overlap("a/#", "a") && overlap("#", "x/+"));
         assert!(!overlap("a/+", "b/#") && !overlap("#", "$SYS/#") && !overlap("a/b", "a/+/c"));
+    }
+
+    #[test]
+    fn a_map_finds_by_filter_and_by_topic() {
+        let mut map = FilterMap::default();
+        for (number, filter) in ["a/b", "a/#", "a/+", "c"].into_iter().enumerate() {
+            map.insert(filter, number);
+        }
+        *map.get_or_default("a/#") += 10;
+        map.remove("c");
+        map.remove("a/+");
+        map.insert("a/+", 2);
+        assert_eq!((map.get("a/#"), map.get("c")), (Some(&11), None));
+        assert_eq!(map.wild().collect::<Vec<_>>(), ["a/#", "a/+"]);
+        assert_eq!(map.covering("a/b").collect::<Vec<_>>(), [&0, &11, &2]);
+        assert_eq!(map.covering("a/+").collect::<Vec<_>>(), [&11, &2]);
+        assert_eq!(map.covering("c").count(), 0);
+        map.values_mut().for_each(|value| *value = 0);
+        assert!(map.get_mut("a/b").is_some() && map.iter().all(|(_, value)| *value == 0));
     }
 
     proptest! {

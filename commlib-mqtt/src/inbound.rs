@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::address;
 use crate::filter::covers;
-use crate::listener::{Kind, Listener};
+use crate::listeners::{Kind, Listener};
 use crate::packet::{self, Publish, QoS};
 use crate::session::Session;
 
@@ -25,7 +25,7 @@ impl Session {
     /// Hands a message to all who listen for it.
     pub(crate) fn arrived(&mut self, publish: &Publish, now: Instant) {
         let mut route = std::mem::take(&mut self.route);
-        self.subscriptions.route(&publish.topic, &mut route);
+        self.listeners.route(&publish.topic, &mut route);
         let mut decoded = Decoded::default();
         match publish.qos {
             QoS::AtLeastOnce => self.enter(publish, &route, &mut decoded, now),
@@ -65,7 +65,7 @@ impl Session {
         }
         if !taken
             && self.grace_end.is_some_and(|end| now < end)
-            && self.subscriptions.expects_listener(&publish.topic)
+            && self.expects_listener(&publish.topic)
         {
             self.ledger.hold(number);
         }
@@ -74,9 +74,7 @@ impl Session {
     /// Gives a new listener what came for it before it did.
     pub(crate) fn hand_over_held(&mut self, listener: &Arc<Listener>) {
         let wants = |topic: &str| covers(&listener.filter, topic);
-        for (number, publish) in self.ledger.claim(wants) {
-            let id = self.ledger.add_receiver(number, listener.id);
-            self.ledger.unhold(number);
+        for (id, publish) in self.ledger.claim(listener.id, wants) {
             self.deliver(listener, &publish, Some(id), &mut Decoded::default());
         }
     }

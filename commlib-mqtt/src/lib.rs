@@ -13,7 +13,8 @@
 //! # When things fail
 //! The link is made again for ever, with exponential backoff and full jitter up to 30 s: subscriptions first, then the
 //! unconfirmed at-least-once messages in their order. What may have been missed shows as a
-//! [`Gap`](commlib_core::Gap). A dead peer is noticed within one and a half times [`MqttConfig::keep_alive`].
+//! [`Gap`](commlib_core::Gap). A dead peer is noticed within one and a half times [`MqttConfig::keep_alive`],
+//! later if much was written that may still be under way on a slow link.
 //!
 //! At-least-once messages that a receiver does not accept are delivered again by this crate, five times in all, because
 //! MQTT has no way to return one. They are acknowledged to the broker in the order in which they came, as MQTT wants it,
@@ -34,7 +35,7 @@ mod conn;
 mod filter;
 mod inbound;
 mod keepalive;
-mod listener;
+mod listeners;
 mod net;
 mod outbox;
 mod packet;

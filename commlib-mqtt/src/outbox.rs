@@ -1,6 +1,6 @@
 //! At-least-once messages on their way out: kept here, and only here, until the broker confirmed them.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use commlib_core::Confirm;
 use tokio::sync::OwnedSemaphorePermit;
@@ -34,6 +34,8 @@ pub(crate) struct Outbox {
     /// Not sent over this session.
     waiting: VecDeque<Entry>,
     last_id: u16,
+    /// The packet ids in `sent`.
+    used: HashSet<u16>,
 }
 
 impl Outbox {
@@ -58,14 +60,14 @@ impl Outbox {
             return None;
         }
         let mut entry = self.waiting.pop_front()?;
-        entry.publish.pkid = self.free_id();
+        entry.publish.pkid = self.take_id();
         self.sent.push_back(entry);
         self.sent.back().map(|entry| &entry.publish)
     }
 
     /// The broker confirmed a packet id. False if no message has it.
     pub(crate) fn confirmed(&mut self, id: u16) -> bool {
-        // Brokers confirm in order, so this looks at the first entry only.
+        // Brokers confirm in order, so this mostly looks at the first entry only.
         let Some(index) = self.sent.iter().position(|entry| entry.publish.pkid == id) else {
             return false;
         };
@@ -73,6 +75,7 @@ impl Outbox {
             // Confirmed late, which spares it the second time.
             self.again -= 1;
         }
+        self.used.remove(&id);
         if let Some(entry) = self.sent.remove(index) {
             entry.confirm.confirm(Ok(()));
         }
@@ -90,17 +93,18 @@ impl Outbox {
             self.again = self.sent.len();
         } else {
             self.again = 0;
+            self.used.clear();
             self.sent.append(&mut self.waiting);
             std::mem::swap(&mut self.sent, &mut self.waiting);
         }
     }
 
-    fn free_id(&mut self) -> u16 {
+    /// Takes a packet id. The window is far smaller than their number, so one is soon found.
+    fn take_id(&mut self) -> u16 {
         loop {
             self.last_id = self.last_id % LAST_ID + 1;
-            let id = self.last_id;
-            if self.sent.iter().all(|entry| entry.publish.pkid != id) {
-                return id;
+            if self.used.insert(self.last_id) {
+                return self.last_id;
             }
         }
     }

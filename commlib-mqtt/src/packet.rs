@@ -18,6 +18,11 @@ pub(crate) const PUBLISH_OVERHEAD: usize = 65_535 + 16;
 /// How many filters go into one SUBSCRIBE or UNSUBSCRIBE packet.
 const FILTERS_PER_PACKET: usize = 100;
 
+/// The stronger of two deliveries.
+pub(crate) fn higher(a: QoS, b: QoS) -> QoS {
+    if a < b { b } else { a }
+}
+
 /// The codec; it cuts the link over a payload above the hard limit.
 pub(crate) fn codec(config: &MqttConfig) -> Codec {
     Codec {

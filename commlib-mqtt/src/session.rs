@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::acks::{Ledger, Verdict};
 use crate::config::{MqttConfig, Session as Keep};
 use crate::inbound::{Decoded, Recent};
-use crate::listener::{Kind, Listener, Waiting};
+use crate::listeners::{Kind, Listener, Listeners, Waiting};
 use crate::outbox::{Entry, LAST_ID, Outbox};
 use crate::packet::{self, Packet, QoS, SubscribeReasonCode};
 use crate::subscriptions::Subscriptions;
@@ -42,6 +42,7 @@ pub(crate) enum Control {
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) config: Arc<MqttConfig>,
+    pub(crate) listeners: Listeners,
     pub(crate) subscriptions: Subscriptions,
     pub(crate) outbox: Outbox,
     pub(crate) ledger: Ledger,
@@ -69,6 +70,7 @@ impl Session {
     pub(crate) fn new(config: Arc<MqttConfig>, acks: mpsc::UnboundedSender<AckReply>) -> Self {
         Self {
             config,
+            listeners: Listeners::default(),
             subscriptions: Subscriptions::default(),
             outbox: Outbox::default(),
             ledger: Ledger::default(),
@@ -98,7 +100,7 @@ impl Session {
         self.grace_end = (self.config.session == Keep::Persistent).then(|| now + GRACE);
         if again {
             // Before anything new arrives: what came between is missing here.
-            for listener in self.subscriptions.confirmed() {
+            for listener in self.listeners.served() {
                 let kept = resumed && listener.qos == QoS::AtLeastOnce;
                 if !kept && !matches!(listener.kind, Kind::Replies(_)) {
                     listener.inbox.gap(Gap::new(GapCause::LinkLost, None));
@@ -109,8 +111,9 @@ impl Session {
 
     /// The link is gone.
     pub(crate) fn link_lost(&mut self) {
+        self.subscriptions.link_lost();
         self.ledger.link_lost();
-        for listener in self.subscriptions.listeners() {
+        for listener in self.listeners.iter() {
             if matches!(listener.kind, Kind::Replies(_)) {
                 listener.inbox.gap(Gap::new(GapCause::LinkLost, None));
             }
@@ -122,13 +125,16 @@ impl Session {
         match control {
             Control::Publish(entry) => self.outbox.push(entry),
             Control::Listen(listener, waiting) => {
-                self.subscriptions.join(&listener, waiting);
+                self.listeners.join(&listener, waiting);
+                if self.subscriptions.serves(&listener) {
+                    self.listeners.serve(listener.id);
+                }
                 if listener.qos == QoS::AtLeastOnce {
                     self.hand_over_held(&listener);
                 }
             }
             Control::Stop(id) => {
-                if self.subscriptions.leave(id).is_some_and(|l| l.durable) {
+                if self.listeners.leave(id).is_some_and(|l| l.durable) {
                     self.extend_grace(now);
                 }
             }
@@ -165,7 +171,8 @@ impl Session {
         while let Some(id) = self.ledger.next_finished() {
             packet::put_puback(&mut self.out, id);
         }
-        let changes = self.subscriptions.changes();
+        let changed = self.listeners.take_changed();
+        let changes = self.subscriptions.changes(&self.listeners, &changed);
         let (pending, last_id) = (&mut self.pending, &mut self.last_id);
         packet::put_subscribes(&mut self.out, &changes.subscribe, |filters| {
             let id = next_id(last_id, pending);
@@ -193,7 +200,7 @@ impl Session {
     /// Appends the end of a clean close.
     pub(crate) fn goodbye(&mut self) {
         if self.config.session == Keep::Persistent {
-            let passing = self.subscriptions.passing();
+            let passing = self.subscriptions.passing(&self.listeners);
             let (pending, last_id) = (&self.pending, &mut self.last_id);
             packet::put_unsubscribes(&mut self.out, &passing, || next_id(last_id, pending));
         }
@@ -231,12 +238,12 @@ impl Session {
         match self.ledger.settle(reply) {
             Verdict::Settled => {}
             Verdict::GivenUp { listener } => {
-                if let Some(listener) = self.subscriptions.listener(listener) {
+                if let Some(listener) = self.listeners.get(listener) {
                     listener.inbox.gap(Gap::new(GapCause::GivenUp, Some(1)));
                 }
             }
             Verdict::Again { listener, publish } => {
-                let listener = self.subscriptions.listener(listener).cloned();
+                let listener = self.listeners.get(listener).cloned();
                 if let Some(listener) = listener.as_ref().filter(|l| !l.inbox.is_gone()) {
                     self.deliver(listener, &publish, Some(reply.id), &mut Decoded::default());
                     return;
@@ -244,7 +251,7 @@ impl Session {
                 // What waited in a durable inbox when it was dropped is for the next one of its name.
                 let hold = match listener {
                     Some(listener) => listener.durable,
-                    None => self.subscriptions.expects_listener(&publish.topic),
+                    None => self.expects_listener(&publish.topic),
                 };
                 if hold {
                     self.extend_grace(now);
@@ -252,6 +259,12 @@ impl Session {
                 self.ledger.gone(reply.id, hold && self.grace_end.is_some());
             }
         }
+    }
+
+    /// Whether an at-least-once message on this topic that nobody takes now may be meant for a listener to come: for a
+    /// durable name, or for what an earlier process asked of this session.
+    pub(crate) fn expects_listener(&self, topic: &str) -> bool {
+        self.listeners.awaited(topic) || !self.subscriptions.explains(topic)
     }
 
     fn extend_grace(&mut self, now: Instant) {
@@ -270,7 +283,9 @@ impl Session {
                 SubscribeReasonCode::Success(qos) => Some(*qos),
                 SubscribeReasonCode::Failure => None,
             };
-            self.subscriptions.answered(filter, granted);
+            if let Some(asked) = self.subscriptions.answered(filter, granted) {
+                self.listeners.answered(filter, asked, granted);
+            }
         }
         Ok(())
     }
@@ -289,36 +304,22 @@ fn next_id(last: &mut u16, pending: &HashMap<u16, Vec<String>>) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use commlib_core::Dialect;
-    use commlib_core::{Inbox, Incoming, ListenOptions};
+    use crate::listeners::tests::listener;
+    use commlib_core::{Inbox, Incoming};
     use tokio::sync::oneshot;
 
-    fn session() -> Session {
+    fn session() -> (Session, mpsc::UnboundedReceiver<AckReply>) {
         let config = MqttConfig::new("h")
             .client_id("c")
             .session(Keep::Persistent);
-        let (acks, _) = mpsc::unbounded_channel();
-        Session::new(Arc::new(config), acks)
+        let (sender, acks) = mpsc::unbounded_channel();
+        (Session::new(Arc::new(config), sender), acks)
     }
 
     fn listen(session: &mut Session, id: u64, filter: &str, qos: QoS, now: Instant) -> Inbox {
-        let delivery = match qos {
-            QoS::AtMostOnce => commlib_core::Delivery::BestEffort,
-            _ => commlib_core::Delivery::AtLeastOnce,
-        };
-        let (sender, inbox) = Inbox::new(&ListenOptions::default().delivery(delivery).prefetch(3));
-        let listener = Listener {
-            id,
-            filter: filter.to_owned(),
-            kind: Kind::Topic,
-            qos,
-            dialect: Dialect::default(),
-            durable: true,
-            inbox: sender,
-            name: None,
-        };
+        let (listener, inbox) = listener(id, filter, qos, true);
         let (waiting, _) = oneshot::channel();
-        session.control(Control::Listen(Arc::new(listener), waiting), now);
+        session.control(Control::Listen(listener, waiting), now);
         inbox
     }
 
@@ -345,7 +346,7 @@ mod tests {
     #[test]
     fn what_nobody_comes_for_is_let_go_of_after_the_grace_time() {
         let start = Instant::now();
-        let mut session = session();
+        let (mut session, _acks) = session();
         session.link_up(true, false, start);
         publish(&mut session, "a", QoS::AtLeastOnce, 1, start);
         publish(&mut session, "b", QoS::AtLeastOnce, 2, start);
@@ -366,7 +367,7 @@ mod tests {
     #[test]
     fn a_durable_inbox_that_goes_has_the_grace_time_to_come_back() {
         let start = Instant::now();
-        let mut session = session();
+        let (mut session, _acks) = session();
         session.link_up(false, false, start);
         drop(listen(&mut session, 1, "d", QoS::AtLeastOnce, start));
         session.pump(true);
@@ -381,7 +382,7 @@ mod tests {
     #[test]
     fn best_effort_messages_do_not_pile_up_in_an_at_least_once_inbox() {
         let start = Instant::now();
-        let mut session = session();
+        let (mut session, _acks) = session();
         session.link_up(false, false, start);
         let mut inbox = listen(&mut session, 1, "a", QoS::AtLeastOnce, start);
         for id in 1..=10 {
@@ -392,5 +393,46 @@ mod tests {
             messages += 1;
         }
         assert_eq!(messages, 3);
+    }
+
+    #[test]
+    fn a_durable_inbox_may_come_back_while_the_link_is_down() {
+        let start = Instant::now();
+        let (mut session, mut acks) = session();
+        session.link_up(false, false, start);
+        let inbox = listen(&mut session, 1, "d", QoS::AtLeastOnce, start);
+        publish(&mut session, "d", QoS::AtLeastOnce, 1, start);
+        session.link_lost();
+        drop(inbox);
+        session.acked(acks.try_recv().unwrap(), start);
+        session.control(Control::Stop(1), start);
+        let mut inbox = listen(&mut session, 2, "d", QoS::AtLeastOnce, start);
+        session.link_up(true, true, start);
+        publish(&mut session, "d", QoS::AtLeastOnce, 1, start);
+        let message = match inbox.try_recv() {
+            Some(Incoming::Message(message)) => message,
+            other => panic!("{other:?}"),
+        };
+        assert!(acknowledged(&mut session).is_empty());
+        message.ack.unwrap().accept();
+        session.acked(acks.try_recv().unwrap(), start);
+        session.pump(true);
+        assert_eq!(acknowledged(&mut session), [1]);
+    }
+
+    #[test]
+    fn what_the_broker_does_not_send_again_is_let_go_of_too() {
+        let start = Instant::now();
+        let (mut session, mut acks) = session();
+        session.link_up(false, false, start);
+        let inbox = listen(&mut session, 1, "d", QoS::AtLeastOnce, start);
+        publish(&mut session, "d", QoS::AtLeastOnce, 1, start);
+        session.link_lost();
+        drop(inbox);
+        session.acked(acks.try_recv().unwrap(), start);
+        session.link_up(true, true, start);
+        assert_eq!(session.release_at(), Some(start + GRACE));
+        session.release(start + GRACE);
+        assert_eq!(session.release_at(), None);
     }
 }

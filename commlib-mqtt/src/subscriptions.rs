@@ -1,74 +1,44 @@
-//! Who listens to what, and what the broker is asked for because of it.
+//! What the broker is asked for, because of those who listen.
 //!
 //! A broker may send one copy of a message for each subscription that matches it (MQTT 3.1.1, 3.3.5). So it is asked
 //! only for filters that no other one covers; whoever listens to a covered filter is served from the wide one.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 
-use commlib_core::{Error, ErrorKind, Gap, GapCause};
+use crate::filter::{FilterMap, covers, is_wild, overlap};
+use crate::listeners::{Listener, Listeners};
+use crate::packet::{QoS, higher};
 
-use crate::filter::{covers, is_wild, overlap};
-use crate::listener::{Listener, Waiting};
-use crate::packet::QoS;
-
-/// The table of listeners, and what the broker knows of it.
+/// What the broker knows of the filters that are listened to.
 #[derive(Debug, Default)]
 pub(crate) struct Subscriptions {
-    exact: HashMap<String, Group>,
-    wild: BTreeMap<String, Group>,
-    listeners: HashMap<u64, Arc<Listener>>,
-    waiting: HashMap<u64, Waiting>,
-    asked: HashMap<String, Asked>,
-    /// Something changed since the last look, in this filter alone or anywhere.
-    stale: Stale,
-    /// Some filters that the broker was asked for may match one topic.
-    overlapping: bool,
-    /// Some filters are to be given up once others that replace them are granted.
+    asked: FilterMap<Asked>,
+    /// All filters are to be looked at, not only those that changed.
+    stale: bool,
+    /// Some filters are to be given up after one of the next answers.
     surplus: bool,
 }
 
-#[derive(Debug, Default)]
-enum Stale {
-    #[default]
-    Nothing,
-    Exact(Vec<String>),
-    All,
-}
-
-/// The listeners of one filter.
-#[derive(Debug)]
-struct Group {
-    listeners: Vec<Arc<Listener>>,
-    qos: QoS,
-    durable: bool,
-}
-
-impl Default for Group {
-    fn default() -> Self {
-        Self {
-            listeners: Vec::new(),
-            qos: QoS::AtMostOnce,
-            durable: false,
-        }
-    }
-}
-
 /// What the broker was asked for.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug)]
 struct Asked {
     qos: QoS,
     state: State,
-    /// How many answers are still to come: only the last counts.
-    answers: u32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 enum State {
     /// On an earlier link of the same session.
     Before,
-    Pending,
-    Granted,
+    /// So many answers are still to come; only the last counts.
+    Pending(u32),
+    Granted(QoS),
+}
+
+impl Asked {
+    fn is_pending(&self) -> bool {
+        matches!(self.state, State::Pending(_))
+    }
 }
 
 /// What to tell the broker, subscriptions first.
@@ -79,353 +49,149 @@ pub(crate) struct Changes {
 }
 
 impl Subscriptions {
-    /// Adds a listener; `waiting` is told once the broker serves it.
-    pub(crate) fn join(&mut self, listener: &Arc<Listener>, waiting: Waiting) {
-        let (filter, qos, durable) = (&listener.filter, listener.qos, listener.durable);
-        self.mark(filter);
-        let group = self.group_or_new(filter);
-        group.listeners.push(listener.clone());
-        group.durable |= durable;
-        group.qos = max(group.qos, qos);
-        self.listeners.insert(listener.id, listener.clone());
-        if self.serves(listener) {
-            let _ = waiting.send(Ok(()));
-        } else {
-            self.waiting.insert(listener.id, waiting);
+    /// The link is gone: nobody is served until the broker has confirmed that anew.
+    pub(crate) fn link_lost(&mut self) {
+        for asked in self.asked.values_mut() {
+            asked.state = State::Before;
         }
-    }
-
-    /// Removes a listener. The broker is still asked for its filter if others or a durable name need it.
-    pub(crate) fn leave(&mut self, id: u64) -> Option<Arc<Listener>> {
-        self.waiting.remove(&id);
-        let listener = self.listeners.remove(&id)?;
-        if let Some(group) = self.group(&listener.filter) {
-            group.listeners.retain(|other| other.id != id);
-            if group.listeners.is_empty() && !group.durable {
-                self.remove_group(&listener.filter);
-                self.mark(&listener.filter);
-            }
-        }
-        Some(listener)
-    }
-
-    /// A listener by its id.
-    pub(crate) fn listener(&self, id: u64) -> Option<&Arc<Listener>> {
-        self.listeners.get(&id)
-    }
-
-    /// All listeners.
-    pub(crate) fn listeners(&self) -> impl Iterator<Item = &Arc<Listener>> {
-        self.listeners.values()
-    }
-
-    /// Listeners that the broker has served before.
-    pub(crate) fn confirmed(&self) -> impl Iterator<Item = &Arc<Listener>> {
-        self.listeners
-            .values()
-            .filter(|listener| !self.waiting.contains_key(&listener.id))
-    }
-
-    /// Appends the listeners that get a message on this topic.
-    pub(crate) fn route(&self, topic: &str, to: &mut Vec<Arc<Listener>>) {
-        if let Some(group) = self.exact.get(topic) {
-            to.extend(group.listeners.iter().cloned());
-        }
-        for (filter, group) in &self.wild {
-            if covers(filter, topic) {
-                to.extend(group.listeners.iter().cloned());
-            }
-        }
-    }
-
-    /// Whether an at-least-once message on this topic that nobody takes now may be meant for a listener to come: for a
-    /// durable name, or for what an earlier process asked of this session.
-    pub(crate) fn expects_listener(&self, topic: &str) -> bool {
-        let durable = |group: &Group| group.durable && group.listeners.is_empty();
-        self.exact.get(topic).is_some_and(durable)
-            || self
-                .wild
-                .iter()
-                .any(|(f, g)| durable(g) && covers(f, topic))
-            || !self
-                .asked
-                .iter()
-                .any(|(f, asked)| asked.qos != QoS::AtMostOnce && covers(f, topic))
-    }
-
-    /// Whether the broker may send several copies of a message on this topic.
-    pub(crate) fn may_repeat(&self, topic: &str) -> bool {
-        self.overlapping && self.asked.keys().filter(|f| covers(f, topic)).count() > 1
     }
 
     /// There is a new link. A session that was not resumed knows of no filter.
     pub(crate) fn link_up(&mut self, resumed: bool) {
-        if resumed {
-            for asked in self.asked.values_mut() {
-                asked.state = State::Before;
-                asked.answers = 0;
-            }
-        } else {
-            self.asked.clear();
+        if !resumed {
+            self.asked = FilterMap::default();
         }
-        self.stale = Stale::All;
+        self.stale = true;
     }
 
     /// Whether the broker answered all that it was asked.
     pub(crate) fn settled(&self) -> bool {
-        matches!(self.stale, Stale::Nothing)
-            && !self
-                .asked
-                .values()
-                .any(|asked| asked.state == State::Pending)
-    }
-
-    /// What changed since the last call; the broker must be told now.
-    pub(crate) fn changes(&mut self) -> Changes {
-        match std::mem::take(&mut self.stale) {
-            Stale::Nothing => Changes::default(),
-            Stale::Exact(filters) => self.changes_of(filters),
-            Stale::All => self.all_changes(),
-        }
-    }
-
-    /// The filters that are not to outlive a clean end.
-    pub(crate) fn passing(&self) -> Vec<String> {
-        let durable = |filter: &str| {
-            self.groups()
-                .any(|(other, group)| group.durable && covers(filter, other))
-        };
-        self.asked.keys().filter(|f| !durable(f)).cloned().collect()
-    }
-
-    /// The broker answered; `None` is a refusal. Listeners that it does not serve are told and removed.
-    pub(crate) fn answered(&mut self, filter: &str, granted: Option<QoS>) {
-        let Some(asked) = self.asked.get_mut(filter) else {
-            return;
-        };
-        asked.answers = asked.answers.saturating_sub(1);
-        match granted {
-            Some(_) if asked.answers > 0 => {}
-            Some(qos) => {
-                asked.state = State::Granted;
-                self.granted(filter, qos);
-            }
-            None => {
-                self.asked.remove(filter);
-                self.refuse(
-                    |listener| listener.filter == filter,
-                    ErrorKind::Broker,
-                    "the broker refused the subscription; check its access rules",
-                );
-                // Filters that this one covered are to be asked for themselves.
-                self.remove_group(filter);
-                self.stale = Stale::All;
-            }
-        }
-        if self.surplus {
-            self.stale = Stale::All;
-        }
-    }
-
-    fn granted(&mut self, filter: &str, qos: QoS) {
-        self.refuse(
-            |listener| listener.qos > qos && covers(filter, &listener.filter),
-            ErrorKind::Unsupported,
-            "the broker grants no at-least-once delivery here",
-        );
-        let served: Vec<u64> = self
-            .waiting
-            .keys()
-            .filter(|id| {
-                self.listeners
-                    .get(id)
-                    .is_some_and(|listener| covers(filter, &listener.filter))
-            })
-            .copied()
-            .collect();
-        for waiting in served.iter().filter_map(|id| self.waiting.remove(id)) {
-            let _ = waiting.send(Ok(()));
-        }
-    }
-
-    fn refuse(&mut self, whom: impl Fn(&Listener) -> bool, kind: ErrorKind, why: &str) {
-        let refused: Vec<_> = self
-            .listeners
-            .values()
-            .filter(|listener| whom(listener))
-            .cloned()
-            .collect();
-        for listener in refused {
-            let waiting = self.waiting.remove(&listener.id);
-            self.leave(listener.id);
-            if let Some(waiting) = waiting {
-                let error = Error::new(kind, "subscribe to")
-                    .at(&listener.filter)
-                    .because(why);
-                let _ = waiting.send(Err(error));
-            } else {
-                // It was served on an earlier link: it sees a gap, then its end.
-                tracing::error!(filter = %listener.filter, why, "subscription ended");
-                listener.inbox.gap(Gap::new(GapCause::LinkLost, None));
-            }
-        }
+        !self.stale && !self.asked.iter().any(|(_, asked)| asked.is_pending())
     }
 
     /// Whether a granted filter already brings what the listener wants.
-    fn serves(&self, listener: &Listener) -> bool {
-        let granted = |asked: &Asked| asked.state == State::Granted && asked.qos >= listener.qos;
-        self.asked.get(&listener.filter).is_some_and(granted)
-            || (!self.wild.is_empty()
-                && self
-                    .asked
-                    .iter()
-                    .any(|(f, asked)| granted(asked) && covers(f, &listener.filter)))
+    pub(crate) fn serves(&self, listener: &Listener) -> bool {
+        self.asked
+            .covering(&listener.filter)
+            .any(|asked| matches!(asked.state, State::Granted(qos) if qos >= listener.qos))
     }
 
-    /// Changes in exact filters alone: those that a wildcard touches make everything stale instead.
-    fn changes_of(&mut self, filters: Vec<String>) -> Changes {
-        let mut changes = Changes::default();
-        for filter in filters {
-            let wanted = self.exact.get(&filter).map(|group| group.qos);
-            let asked = self.asked.get(&filter);
-            match (wanted, asked) {
-                (Some(qos), asked) if asked.is_none_or(|asked| asked.qos < qos) => {
-                    self.ask(filter, qos, &mut changes);
-                }
-                (None, Some(asked)) if asked.state == State::Pending => self.surplus = true,
-                (None, Some(_)) => {
-                    self.asked.remove(&filter);
-                    changes.unsubscribe.push(filter);
-                }
-                _ => {}
-            }
+    /// Whether the broker was asked for at-least-once messages on this topic.
+    pub(crate) fn explains(&self, topic: &str) -> bool {
+        self.asked
+            .covering(topic)
+            .any(|asked| asked.qos != QoS::AtMostOnce)
+    }
+
+    /// Whether the broker may send several copies of a message on this topic.
+    pub(crate) fn may_repeat(&self, topic: &str) -> bool {
+        self.asked.covering(topic).nth(1).is_some()
+    }
+
+    /// The filters that are not to outlive a clean end.
+    pub(crate) fn passing(&self, listeners: &Listeners) -> Vec<String> {
+        let stays = |filter: &str| listeners.durable().any(|durable| covers(filter, durable));
+        let asked = self.asked.iter().map(|(filter, _)| filter);
+        asked.filter(|f| !stays(f)).map(str::to_owned).collect()
+    }
+
+    /// What to tell the broker now that these filters changed.
+    pub(crate) fn changes(&mut self, listeners: &Listeners, changed: &[String]) -> Changes {
+        // A filter below a wildcard is the business of that one, and a wildcard that of all it covers.
+        let touches_others =
+            |f: &String| is_wild(f) || listeners.wild().any(|wild| covers(wild, f));
+        self.stale |= changed.iter().any(|f| self.surplus || touches_others(f));
+        if std::mem::take(&mut self.stale) {
+            self.surplus = false;
+            let asked: Vec<String> = self.asked.iter().map(|(f, _)| f.to_owned()).collect();
+            self.compare(&widest(listeners), &asked)
+        } else {
+            let wanted = changed.iter().map(String::as_str);
+            let wanted = wanted.filter_map(|f| Some((f, listeners.wanted_on(f)?)));
+            self.compare(&wanted.collect(), changed)
         }
-        changes
     }
 
-    fn all_changes(&mut self) -> Changes {
-        let wanted = self.wanted();
+    /// Asks for what is wanted, and gives up what else is among `asked`.
+    fn compare(&mut self, wanted: &BTreeMap<&str, QoS>, asked: &[String]) -> Changes {
         let mut changes = Changes::default();
-        for (filter, &qos) in &wanted {
-            let known = self.asked.get(filter);
-            if known.is_none_or(|asked| asked.state == State::Before || asked.qos < qos) {
-                self.ask(filter.clone(), qos, &mut changes);
-            }
+        for (&filter, &qos) in wanted {
+            let answers = match self.asked.get(filter) {
+                Some(asked) => match asked.state {
+                    State::Granted(granted) if granted >= qos => continue,
+                    State::Pending(_) if asked.qos >= qos => continue,
+                    State::Pending(answers) => answers,
+                    State::Before | State::Granted(_) => 0,
+                },
+                None => 0,
+            };
+            let state = State::Pending(answers + 1);
+            self.asked.insert(filter, Asked { qos, state });
+            changes.subscribe.push((filter.to_owned(), qos));
         }
         // A filter that is wanted no more goes when what replaces it is granted, so that nothing is missed.
-        let pending: Vec<&String> = wanted
-            .keys()
-            .filter(|f| {
-                self.asked
-                    .get(*f)
-                    .is_none_or(|asked| asked.state != State::Granted)
-            })
-            .collect();
-        self.surplus = false;
-        let mut surplus = Vec::new();
-        for (filter, asked) in &self.asked {
-            if wanted.contains_key(filter) {
+        let is_pending = |f: &str| self.asked.get(f).is_some_and(Asked::is_pending);
+        let pending: Vec<&str> = wanted.keys().copied().filter(|f| is_pending(f)).collect();
+        for filter in asked.iter().filter(|f| !wanted.contains_key(f.as_str())) {
+            let Some(known) = self.asked.get(filter) else {
                 continue;
-            }
-            if asked.state == State::Pending || pending.iter().any(|other| overlap(other, filter)) {
+            };
+            if known.is_pending() || pending.iter().any(|p| overlap(p, filter)) {
                 self.surplus = true;
             } else {
-                surplus.push(filter.clone());
+                self.asked.remove(filter);
+                changes.unsubscribe.push(filter.clone());
             }
         }
-        for filter in &surplus {
-            self.asked.remove(filter);
-        }
-        changes.unsubscribe = surplus;
-        changes.subscribe.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        self.overlapping = self.asked.keys().filter(|f| is_wild(f)).any(|wild| {
-            self.asked
-                .keys()
-                .any(|other| other != wild && overlap(wild, other))
-        });
         changes
     }
 
-    /// The widest filters with the highest delivery that anyone below them wants.
-    fn wanted(&self) -> HashMap<String, QoS> {
-        let roots: Vec<&str> = self
-            .wild
-            .keys()
-            .map(String::as_str)
-            .filter(|f| !self.wild.keys().any(|w| w != f && covers(w, f)))
-            .collect();
-        let mut wanted = HashMap::new();
-        for (filter, group) in self.groups() {
-            let root = roots.iter().find(|root| covers(root, filter));
-            let root = root.copied().unwrap_or(filter);
-            let qos = wanted.entry(root.to_owned()).or_insert(group.qos);
-            *qos = max(*qos, group.qos);
+    /// The broker answered; `None` is a refusal. Returns what it was asked for if this is its last word on the filter.
+    pub(crate) fn answered(&mut self, filter: &str, granted: Option<QoS>) -> Option<QoS> {
+        let asked = self.asked.get_mut(filter)?;
+        let qos = asked.qos;
+        match (asked.state, granted) {
+            (State::Pending(answers), _) if answers > 1 => {
+                asked.state = State::Pending(answers - 1);
+                return None;
+            }
+            (_, Some(granted)) => asked.state = State::Granted(granted),
+            (_, None) => self.asked.remove(filter),
         }
-        wanted
-    }
-
-    fn ask(&mut self, filter: String, qos: QoS, changes: &mut Changes) {
-        let before = self.asked.get(&filter).map_or(0, |asked| asked.answers);
-        let asked = Asked {
-            qos,
-            state: State::Pending,
-            answers: before + 1,
-        };
-        self.asked.insert(filter.clone(), asked);
-        changes.subscribe.push((filter, qos));
-    }
-
-    fn mark(&mut self, filter: &str) {
-        let touched = |wild: &String| covers(wild, filter);
-        if is_wild(filter) || self.surplus || self.wild.iter().any(|(wild, _)| touched(wild)) {
-            self.stale = Stale::All;
-        }
-        match &mut self.stale {
-            Stale::Nothing => self.stale = Stale::Exact(vec![filter.to_owned()]),
-            Stale::Exact(filters) => filters.push(filter.to_owned()),
-            Stale::All => {}
-        }
-    }
-
-    fn groups(&self) -> impl Iterator<Item = (&str, &Group)> {
-        let exact = self.exact.iter().map(|(f, g)| (f.as_str(), g));
-        exact.chain(self.wild.iter().map(|(f, g)| (f.as_str(), g)))
-    }
-
-    fn group(&mut self, filter: &str) -> Option<&mut Group> {
-        match is_wild(filter) {
-            true => self.wild.get_mut(filter),
-            false => self.exact.get_mut(filter),
-        }
-    }
-
-    fn group_or_new(&mut self, filter: &str) -> &mut Group {
-        let owned = filter.to_owned();
-        match is_wild(filter) {
-            true => self.wild.entry(owned).or_default(),
-            false => self.exact.entry(owned).or_default(),
-        }
-    }
-
-    fn remove_group(&mut self, filter: &str) {
-        self.exact.remove(filter);
-        self.wild.remove(filter);
+        self.stale |= self.surplus;
+        Some(qos)
     }
 }
 
-fn max(a: QoS, b: QoS) -> QoS {
-    if a < b { b } else { a }
+/// The widest filters with the highest delivery that anyone below them wants.
+fn widest(listeners: &Listeners) -> BTreeMap<&str, QoS> {
+    let covered = |f: &&str| listeners.wild().any(|wild| wild != *f && covers(wild, f));
+    let roots: Vec<&str> = listeners.wild().filter(|f| !covered(f)).collect();
+    let mut widest = BTreeMap::new();
+    for (filter, wanted) in listeners.wanted() {
+        // Of several that overlap each gets the delivery: whichever copy comes first is the one that counts.
+        let above = roots.iter().copied().filter(|root| covers(root, filter));
+        let alone = (!covered(&filter)).then_some(filter);
+        for root in above.chain(alone) {
+            let qos = widest.entry(root).or_insert(wanted);
+            *qos = higher(*qos, wanted);
+        }
+    }
+    widest
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::listener::Kind;
+    use crate::listeners::tests::listener;
     use crate::packet::QoS::{AtLeastOnce, AtMostOnce};
-    use commlib_core::{Dialect, Inbox, ListenOptions, Result};
+    use commlib_core::{ErrorKind, Inbox, Result};
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
     use tokio::sync::oneshot;
 
     struct Table {
+        listeners: Listeners,
         subscriptions: Subscriptions,
         last: u64,
         inboxes: Vec<Inbox>,
@@ -436,6 +202,7 @@ mod tests {
     impl Table {
         fn new() -> Self {
             Self {
+                listeners: Listeners::default(),
                 subscriptions: Subscriptions::default(),
                 last: 0,
                 inboxes: Vec::new(),
@@ -443,29 +210,33 @@ mod tests {
         }
 
         fn join(&mut self, filter: &str, qos: QoS, durable: bool) -> (u64, Answer) {
-            let (inbox, receiver) = Inbox::new(&ListenOptions::default());
-            self.inboxes.push(receiver);
             self.last += 1;
+            let (listener, inbox) = listener(self.last, filter, qos, durable);
+            self.inboxes.push(inbox);
             let (waiting, answer) = oneshot::channel();
-            let listener = Listener {
-                id: self.last,
-                filter: filter.to_owned(),
-                kind: Kind::Topic,
-                qos,
-                dialect: Dialect::default(),
-                durable,
-                inbox,
-                name: None,
-            };
-            self.subscriptions.join(&Arc::new(listener), waiting);
+            self.listeners.join(&listener, waiting);
+            if self.subscriptions.serves(&listener) {
+                self.listeners.serve(listener.id);
+            }
             (self.last, answer)
+        }
+
+        fn changes(&mut self) -> Changes {
+            let changed = self.listeners.take_changed();
+            self.subscriptions.changes(&self.listeners, &changed)
+        }
+
+        fn answered(&mut self, filter: &str, granted: Option<QoS>) {
+            if let Some(asked) = self.subscriptions.answered(filter, granted) {
+                self.listeners.answered(filter, asked, granted);
+            }
         }
 
         /// What the broker is told now, and grants at once.
         fn sync(&mut self) -> (Vec<String>, Vec<String>) {
-            let changes = self.subscriptions.changes();
+            let changes = self.changes();
             for (filter, qos) in &changes.subscribe {
-                self.subscriptions.answered(filter, Some(*qos));
+                self.answered(filter, Some(*qos));
             }
             let names = changes.subscribe.into_iter().map(|(f, _)| f).collect();
             (names, changes.unsubscribe)
@@ -473,7 +244,7 @@ mod tests {
 
         fn route(&self, topic: &str) -> Vec<u64> {
             let mut to = Vec::new();
-            self.subscriptions.route(topic, &mut to);
+            self.listeners.route(topic, &mut to);
             let mut ids: Vec<_> = to.iter().map(|listener| listener.id).collect();
             ids.sort_unstable();
             ids
@@ -488,29 +259,23 @@ mod tests {
     fn inboxes_on_one_filter_share_a_subscription() {
         let mut table = Table::new();
         let (a, mut first) = table.join("x", AtMostOnce, false);
-        assert_eq!(
-            table.subscriptions.changes().subscribe,
-            [("x".into(), AtMostOnce)]
-        );
+        assert_eq!(table.changes().subscribe, [("x".into(), AtMostOnce)]);
         let (b, mut second) = table.join("x", AtMostOnce, false);
-        assert_eq!(table.subscriptions.changes(), Changes::default());
+        assert_eq!(table.changes(), Changes::default());
         assert!(!served(&mut first) && !table.subscriptions.settled());
-        table.subscriptions.answered("x", Some(AtMostOnce));
+        table.answered("x", Some(AtMostOnce));
         assert!(served(&mut first) && served(&mut second) && table.subscriptions.settled());
         // A higher delivery is asked for anew, and the answer to it counts.
         let (c, mut third) = table.join("x", AtLeastOnce, false);
-        assert_eq!(
-            table.subscriptions.changes().subscribe,
-            [("x".into(), AtLeastOnce)]
-        );
-        table.subscriptions.answered("x", Some(AtLeastOnce));
+        assert_eq!(table.changes().subscribe, [("x".into(), AtLeastOnce)]);
+        table.answered("x", Some(AtLeastOnce));
         assert!(served(&mut third));
         assert_eq!(table.route("x"), [a, b, c]);
         for id in [a, b] {
-            table.subscriptions.leave(id);
-            assert_eq!(table.subscriptions.changes(), Changes::default());
+            table.listeners.leave(id);
+            assert_eq!(table.changes(), Changes::default());
         }
-        table.subscriptions.leave(c);
+        table.listeners.leave(c);
         assert_eq!(table.sync(), (vec![], vec!["x".to_owned()]));
         assert!(table.route("x").is_empty());
     }
@@ -519,12 +284,12 @@ mod tests {
     fn only_the_last_answer_for_a_filter_counts() {
         let mut table = Table::new();
         let (_, mut first) = table.join("x", AtMostOnce, false);
-        table.subscriptions.changes();
+        table.changes();
         let (_, mut second) = table.join("x", AtLeastOnce, false);
-        table.subscriptions.changes();
-        table.subscriptions.answered("x", Some(AtMostOnce));
+        table.changes();
+        table.answered("x", Some(AtMostOnce));
         assert!(!served(&mut second));
-        table.subscriptions.answered("x", Some(AtLeastOnce));
+        table.answered("x", Some(AtLeastOnce));
         assert!(served(&mut first) && served(&mut second));
     }
 
@@ -532,10 +297,10 @@ mod tests {
     fn gone_while_asked_for() {
         let mut table = Table::new();
         let (id, _answer) = table.join("x", AtMostOnce, false);
-        table.subscriptions.changes();
-        table.subscriptions.leave(id);
-        assert_eq!(table.subscriptions.changes(), Changes::default());
-        table.subscriptions.answered("x", Some(AtMostOnce));
+        table.changes();
+        table.listeners.leave(id);
+        assert_eq!(table.changes(), Changes::default());
+        table.answered("x", Some(AtMostOnce));
         assert_eq!(table.sync(), (vec![], vec!["x".to_owned()]));
     }
 
@@ -545,21 +310,33 @@ mod tests {
         table.join("a/b", AtLeastOnce, false);
         table.sync();
         let (wide, _answer) = table.join("a/#", AtMostOnce, false);
-        let changes = table.subscriptions.changes();
+        let changes = table.changes();
         assert_eq!(changes.subscribe, [("a/#".into(), AtLeastOnce)]);
         assert!(changes.unsubscribe.is_empty(), "not before it is granted");
-        table.subscriptions.answered("a/#", Some(AtLeastOnce));
+        table.answered("a/#", Some(AtLeastOnce));
         assert_eq!(table.sync(), (vec![], vec!["a/b".to_owned()]));
         let (_, mut covered) = table.join("a/+/c", AtLeastOnce, false);
         assert!(served(&mut covered));
         assert_eq!(table.sync(), (vec![], vec![]));
         assert!(!table.subscriptions.may_repeat("a/b"));
-        table.subscriptions.leave(wide);
+        table.listeners.leave(wide);
         assert_eq!(
             table.sync(),
             (vec!["a/+/c".to_owned(), "a/b".to_owned()], vec![])
         );
         assert_eq!(table.sync(), (vec![], vec!["a/#".to_owned()]));
+    }
+
+    #[test]
+    fn all_that_overlap_bring_what_a_covered_filter_wants() {
+        let mut table = Table::new();
+        table.join("a/+/c", AtMostOnce, false);
+        table.join("a/b/+", AtMostOnce, false);
+        let (_, mut answer) = table.join("a/b/c", AtLeastOnce, false);
+        let both = ["a/+/c", "a/b/+"].map(|filter| (filter.to_owned(), AtLeastOnce));
+        assert_eq!(table.changes().subscribe, both);
+        table.answered("a/b/+", Some(AtLeastOnce));
+        assert!(served(&mut answer));
     }
 
     #[test]
@@ -578,15 +355,12 @@ mod tests {
         let (id, _answer) = table.join("d/#", AtLeastOnce, true);
         table.join("x", AtMostOnce, false);
         table.sync();
-        assert!(!table.subscriptions.expects_listener("d/1"));
-        assert!(
-            table.subscriptions.expects_listener("y"),
-            "asked for by an earlier process"
-        );
-        table.subscriptions.leave(id);
+        assert!(!table.listeners.awaited("d/1") && table.subscriptions.explains("d/1"));
+        assert!(!table.subscriptions.explains("y"));
+        table.listeners.leave(id);
         assert_eq!(table.sync(), (vec![], vec![]));
-        assert!(table.subscriptions.expects_listener("d/1"));
-        assert_eq!(table.subscriptions.passing(), ["x"]);
+        assert!(table.listeners.awaited("d/1"));
+        assert_eq!(table.subscriptions.passing(&table.listeners), ["x"]);
     }
 
     #[test]
@@ -596,8 +370,9 @@ mod tests {
         let (_, mut kept) = table.join("kept", AtMostOnce, false);
         table.sync();
         assert!(served(&mut kept));
-        table.subscriptions.leave(old);
+        table.listeners.leave(old);
         table.join("new/#", AtMostOnce, false);
+        table.subscriptions.link_lost();
         table.subscriptions.link_up(true);
         assert!(!table.subscriptions.settled());
         let (subscribe, unsubscribe) = table.sync();
@@ -615,15 +390,125 @@ mod tests {
         let mut table = Table::new();
         let (_, mut wide) = table.join("a/#", AtMostOnce, false);
         let (narrow, mut answer) = table.join("a/b", AtMostOnce, false);
-        assert_eq!(
-            table.subscriptions.changes().subscribe,
-            [("a/#".into(), AtMostOnce)]
-        );
-        table.subscriptions.answered("a/#", None);
+        assert_eq!(table.changes().subscribe, [("a/#".into(), AtMostOnce)]);
+        table.answered("a/#", None);
         assert!(wide.try_recv().unwrap().is_err());
         assert!(!served(&mut answer));
         assert_eq!(table.sync().0, ["a/b"]);
         assert!(served(&mut answer));
         assert_eq!(table.route("a/b"), [narrow]);
+    }
+
+    #[test]
+    fn a_lower_grant_ends_those_who_want_more_each_time() {
+        let mut table = Table::new();
+        let (_, mut casual) = table.join("x", AtMostOnce, false);
+        table.sync();
+        for _ in 0..2 {
+            let (_, mut answer) = table.join("x", AtLeastOnce, true);
+            assert_eq!(table.changes().subscribe, [("x".into(), AtLeastOnce)]);
+            table.answered("x", Some(AtMostOnce));
+            let error = answer.try_recv().unwrap().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            assert_eq!(table.changes(), Changes::default());
+        }
+        assert!(served(&mut casual));
+        assert_eq!(table.subscriptions.passing(&table.listeners), ["x"]);
+        let (_, mut answer) = table.join("y", AtLeastOnce, true);
+        table.changes();
+        table.answered("y", Some(AtMostOnce));
+        assert!(answer.try_recv().unwrap().is_err());
+        assert_eq!(table.sync(), (vec![], vec!["y".to_owned()]));
+    }
+
+    #[test]
+    fn a_filter_given_up_before_it_is_granted_ends_nobody() {
+        let mut table = Table::new();
+        let (wide, _answer) = table.join("a/#", AtMostOnce, false);
+        table.changes();
+        table.listeners.leave(wide);
+        let (_, mut answer) = table.join("a/b", AtLeastOnce, false);
+        assert_eq!(table.changes().subscribe, [("a/b".into(), AtLeastOnce)]);
+        table.answered("a/#", Some(AtMostOnce));
+        assert!(answer.try_recv().is_err(), "neither served nor refused");
+        assert_eq!(table.changes(), Changes::default());
+        table.answered("a/b", Some(AtLeastOnce));
+        assert!(served(&mut answer));
+        assert_eq!(table.sync(), (vec![], vec!["a/#".to_owned()]));
+    }
+
+    #[test]
+    fn without_a_link_nobody_is_served() {
+        let mut table = Table::new();
+        table.join("x", AtMostOnce, false);
+        table.sync();
+        table.subscriptions.link_lost();
+        let (_, mut answer) = table.join("x", AtMostOnce, false);
+        assert!(!served(&mut answer));
+        table.subscriptions.link_up(true);
+        table.sync();
+        assert!(served(&mut answer));
+    }
+
+    /// One thing that happens, of the kind and with the filter of these numbers.
+    fn happen(table: &mut Table, broker: &mut Broker, kind: usize, filter: usize) {
+        const FILTERS: [&str; 8] = ["a", "a/b", "a/b/c", "a/#", "a/+", "a/+/c", "a/b/+", "#"];
+        match kind {
+            0..3 => {
+                let qos = [AtMostOnce, AtLeastOnce, AtMostOnce][kind];
+                broker.joined.push(table.join(FILTERS[filter], qos, false));
+            }
+            3 | 4 if !broker.joined.is_empty() => {
+                let (id, _) = broker.joined.swap_remove(filter % broker.joined.len());
+                table.listeners.leave(id);
+            }
+            5 => broker.hear(table.changes()),
+            _ => broker.answer(table),
+        }
+    }
+
+    #[derive(Default)]
+    struct Broker {
+        joined: Vec<(u64, Answer)>,
+        unanswered: VecDeque<(String, QoS)>,
+        subscribed: BTreeMap<String, QoS>,
+    }
+
+    impl Broker {
+        fn hear(&mut self, changes: Changes) {
+            self.subscribed.extend(changes.subscribe.iter().cloned());
+            self.unanswered.extend(changes.subscribe);
+            for filter in changes.unsubscribe {
+                assert!(self.subscribed.remove(&filter).is_some());
+            }
+        }
+
+        fn answer(&mut self, table: &mut Table) {
+            if let Some((filter, qos)) = self.unanswered.pop_front() {
+                table.answered(&filter, Some(qos));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn in_the_end_the_broker_knows_the_widest_filters_and_no_other(
+            events in proptest::collection::vec((0..8_usize, 0..8_usize), 0..60)
+        ) {
+            let (mut table, mut broker) = (Table::new(), Broker::default());
+            for (kind, filter) in events {
+                happen(&mut table, &mut broker, kind, filter);
+            }
+            broker.hear(table.changes());
+            while !broker.unanswered.is_empty() {
+                broker.answer(&mut table);
+                broker.hear(table.changes());
+            }
+            prop_assert!(table.subscriptions.settled());
+            let wanted = widest(&table.listeners);
+            prop_assert!(wanted.keys().eq(broker.subscribed.keys()));
+            prop_assert!(wanted.iter().all(|(filter, qos)| broker.subscribed[*filter] >= *qos));
+            prop_assert!(broker.joined.iter_mut().all(|(_, answer)| served(answer)));
+        }
     }
 }

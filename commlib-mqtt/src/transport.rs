@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use commlib_core::envelope::{self, Use};
 use commlib_core::{
     AbsentService, Capabilities, Delivery, Error, ErrorKind, Inbox, Leases, Link, LinkState,
-    ListenOptions, Message, QueueKind, Receipt, ReplyKind, ReplyLease, Result, SendOptions, Source,
-    Target, Transport,
+    ListenOptions, Message, Name, QueueKind, Receipt, ReplyKind, ReplyLease, Result, SendOptions,
+    Source, Target, Transport,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -18,7 +17,7 @@ use tokio::time::Instant;
 use crate::address;
 use crate::config::{MqttConfig, Session as Keep};
 use crate::conn::Conn;
-use crate::listener::{Kind, Listener};
+use crate::listeners::{Kind, Listener};
 use crate::outbox::Entry;
 use crate::packet::{Publish, QoS};
 use crate::room::{BestEffort, LARGE_ROOM, Room, take, within};
@@ -223,7 +222,7 @@ struct Listened {
     filter: String,
     kind: Kind,
     qos: QoS,
-    name: Option<commlib_core::Name>,
+    name: Option<Name>,
 }
 
 #[async_trait]
@@ -252,7 +251,7 @@ impl Transport for MqttTransport {
                 reply.form,
             ),
         };
-        let payload: Bytes = envelope::encode(&message, usage, dialect)?;
+        let payload = envelope::encode(&message, usage, dialect)?;
         if payload.len() > self.config.hard_limit {
             return Err(too_large(
                 payload.len(),
@@ -297,7 +296,7 @@ impl Transport for MqttTransport {
             control: self.control.clone(),
         };
         let mut inbox = inbox.on_drop(stop);
-        if listened.kind == Kind::Replies(self.replies.len()) {
+        if matches!(listened.kind, Kind::Replies(_)) {
             inbox = inbox.with_leases(self.leases());
         }
         let listener = Arc::new(Listener {

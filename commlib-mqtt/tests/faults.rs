@@ -352,6 +352,31 @@ async fn what_was_not_accepted_comes_again_in_the_next_life() {
     assert_eq!(receive_numbers(&mut inbox, 4).await, [1, 2, 3, 4]);
 }
 
+/// What was accepted for a link that then broke must not come late: a robot would move minutes after the order.
+#[tokio::test]
+async fn best_effort_messages_do_not_outlive_their_link() {
+    let broker = broker!();
+    let proxy = Proxy::start(broker.address()).await;
+    let link = connect(quick(proxy.address())).await;
+    let watcher = connect(quick(broker.address())).await;
+    let mut orders = listen(&watcher, "orders").await;
+    proxy.black_hole(true);
+    // Until every buffer is full, so that some are certainly still in our hands.
+    let order = Message::new(format!("\"{}\"", "x".repeat(200_000)));
+    let blocked = async {
+        while try_send(&link, "orders", order.clone(), SendOptions::default())
+            .await
+            .is_ok()
+        {}
+    };
+    soon(blocked).await;
+    proxy.cut();
+    proxy.black_hole(false);
+    until_up(&link).await;
+    post(&link, "orders", number(7)).await;
+    assert_eq!(data(&mut orders).await, "7");
+}
+
 /// Trap 1.12: a dead peer noticed minutes later.
 #[tokio::test]
 async fn a_half_open_link_is_noticed_within_one_and_a_half_keep_alives() {
