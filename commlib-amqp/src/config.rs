@@ -185,9 +185,10 @@ impl AmqpConfig {
     /// [`ErrorKind::Connect`] if the broker cannot be reached within [`connect_timeout`](Self::connect_timeout), and at
     /// once if it refuses the login or the virtual host, or lacks the exchange; [`ErrorKind::Config`] for settings that
     /// cannot work.
-    pub async fn connect(&self) -> Result<Connection> {
-        let transport = AmqpTransport::connect(self.clone()).await?;
-        Ok(Connection::new(transport).with_dialect(self.dialect))
+    pub async fn connect(self) -> Result<Connection> {
+        let dialect = self.dialect;
+        let transport = AmqpTransport::connect(self).await?;
+        Ok(Connection::new(transport).with_dialect(dialect))
     }
 
     setters! {

@@ -3,6 +3,7 @@
 use tokio::sync::OnceCell;
 
 use crate::mosquitto::Mosquitto;
+use crate::rabbitmq::RabbitMq;
 
 /// The environment variable that names an MQTT broker for tests that break nothing: one for a whole test run, which
 /// `commlib-testkit run` sets, or your own.
@@ -29,4 +30,29 @@ pub async fn mqtt_url() -> Option<String> {
 /// What [`MQTT_URL`] says; empty is as good as missing.
 pub fn given_mqtt_url() -> Option<String> {
     std::env::var(MQTT_URL).ok().filter(|url| !url.is_empty())
+}
+
+/// As [`MQTT_URL`], for an AMQP broker.
+pub const AMQP_URL: &str = "COMMLIB_TEST_AMQP_URL";
+
+static RABBITMQ: OnceCell<RabbitMq> = OnceCell::const_new();
+
+/// The AMQP broker for tests that break nothing: the one that [`AMQP_URL`] names, or a RabbitMQ that is started at the
+/// first call and serves this process until its end. `None` if there is neither; then the test is skipped.
+///
+/// # Panics
+/// If there is none although the environment demands it, see [`RabbitMq::available`].
+pub async fn amqp_url() -> Option<String> {
+    if let Some(url) = given_amqp_url() {
+        return Some(url);
+    }
+    if !RabbitMq::available() {
+        return None;
+    }
+    Some(RABBITMQ.get_or_init(RabbitMq::start).await.url())
+}
+
+/// What [`AMQP_URL`] says; empty is as good as missing.
+pub fn given_amqp_url() -> Option<String> {
+    std::env::var(AMQP_URL).ok().filter(|url| !url.is_empty())
 }
