@@ -92,7 +92,10 @@ impl Ledger {
         leaving: bool,
     ) -> (Vec<Frame>, u64) {
         let (mut frames, mut accepted, mut given_up) = (Vec::new(), Vec::new(), 0);
-        for AckReply { id: tag, outcome, .. } in replies {
+        for AckReply {
+            id: tag, outcome, ..
+        } in replies
+        {
             let Some(mark) = self.out.remove(&tag) else {
                 continue;
             };
@@ -103,7 +106,10 @@ impl Ledger {
                 }
                 AckOutcome::Reject { requeue: false } => {
                     tries.forget(mark);
-                    frames.push(Frame::Nack { tag, requeue: false });
+                    frames.push(Frame::Nack {
+                        tag,
+                        requeue: false,
+                    });
                 }
                 AckOutcome::Dropped if leaving => frames.push(Frame::Nack { tag, requeue: true }),
                 AckOutcome::Reject { requeue: true } | AckOutcome::Dropped => {
@@ -118,8 +124,14 @@ impl Ledger {
         let oldest = self.out.keys().next().copied().unwrap_or(u64::MAX);
         let split = accepted.partition_point(|tag| *tag < oldest);
         let (prefix, rest) = accepted.split_at(split);
-        frames.extend(prefix.last().map(|tag| Frame::Ack { tag: *tag, multiple: true }));
-        frames.extend(rest.iter().map(|tag| Frame::Ack { tag: *tag, multiple: false }));
+        frames.extend(prefix.last().map(|tag| Frame::Ack {
+            tag: *tag,
+            multiple: true,
+        }));
+        frames.extend(rest.iter().map(|tag| Frame::Ack {
+            tag: *tag,
+            multiple: false,
+        }));
         (frames, given_up)
     }
 }
@@ -131,7 +143,11 @@ mod tests {
     const ACCEPT: AckOutcome = AckOutcome::Accept;
 
     fn replies(all: &[(u64, AckOutcome)]) -> Vec<AckReply> {
-        let reply = |(id, outcome): &(u64, AckOutcome)| AckReply { id: *id, epoch: 0, outcome: *outcome };
+        let reply = |(id, outcome): &(u64, AckOutcome)| AckReply {
+            id: *id,
+            epoch: 0,
+            outcome: *outcome,
+        };
         all.iter().map(reply).collect()
     }
 
@@ -151,7 +167,11 @@ mod tests {
     fn what_is_done_in_order_takes_one_frame() {
         let mut ledger = ledger(1..=5);
         let tries = &mut Tries::default();
-        let (frames, _) = ledger.settle(replies(&[(2, ACCEPT), (1, ACCEPT), (5, ACCEPT)]), tries, false);
+        let (frames, _) = ledger.settle(
+            replies(&[(2, ACCEPT), (1, ACCEPT), (5, ACCEPT)]),
+            tries,
+            false,
+        );
         assert_eq!(frames, [ack(2, true), ack(5, false)]);
         let (frames, _) = ledger.settle(replies(&[(4, ACCEPT), (3, ACCEPT)]), tries, false);
         assert_eq!(frames, [ack(4, true)]);
@@ -164,7 +184,16 @@ mod tests {
         let refuse = AckOutcome::Reject { requeue: true };
         let words = replies(&[(1, ACCEPT), (3, ACCEPT), (2, refuse)]);
         let (frames, given_up) = ledger.settle(words, &mut Tries::default(), false);
-        assert_eq!(frames, [Frame::Nack { tag: 2, requeue: true }, ack(3, true)]);
+        assert_eq!(
+            frames,
+            [
+                Frame::Nack {
+                    tag: 2,
+                    requeue: true
+                },
+                ack(3, true)
+            ]
+        );
         assert_eq!(given_up, 0);
     }
 
@@ -182,8 +211,15 @@ mod tests {
         for (tag, expected) in (1..=5).zip([true, true, true, true, false]) {
             let mut ledger = Ledger::default();
             ledger.delivered(tag, 42);
-            let (frames, given_up) = ledger.settle(replies(&[(tag, AckOutcome::Dropped)]), &mut tries, false);
-            assert_eq!(frames, [Frame::Nack { tag, requeue: expected }]);
+            let (frames, given_up) =
+                ledger.settle(replies(&[(tag, AckOutcome::Dropped)]), &mut tries, false);
+            assert_eq!(
+                frames,
+                [Frame::Nack {
+                    tag,
+                    requeue: expected
+                }]
+            );
             assert_eq!(given_up, u64::from(!expected));
         }
         assert!(tries.counts.is_empty() && tries.order.is_empty());

@@ -1,5 +1,7 @@
 //! Names as routing keys and queue names, and back. The only file that knows `#`.
 
+use std::borrow::Cow;
+
 use commlib_core::{Error, ErrorKind, Name, Pattern, Result, unescape_segment};
 use lapin::types::ShortString;
 
@@ -14,17 +16,24 @@ pub(crate) fn key(name: &Name) -> Result<ShortString> {
 /// every arrival against the pattern, so more may come than was asked for.
 pub(crate) fn binding(pattern: &Pattern) -> Result<ShortString> {
     let last = pattern.segments().count() - 1;
-    let words = pattern.segments().enumerate().map(|(index, segment)| match segment {
-        "*" if index == last => "#".to_owned(),
-        "*" => "*".to_owned(),
-        literal_word => literal(literal_word),
-    });
+    let words = pattern
+        .segments()
+        .enumerate()
+        .map(|(index, segment)| match segment {
+            "*" if index == last => "#".to_owned(),
+            "*" => "*".to_owned(),
+            literal_word => literal(literal_word),
+        });
     short(pattern.as_str(), joined(words))
 }
 
-/// The name of a routing key.
+/// The name of a routing key. Never fails.
 pub(crate) fn name(key: &str) -> Name {
-    Name::from_foreign(key.split('.'))
+    Name::from_foreign(key.split('.').map(|word| match word {
+        // Written out, the escape of an empty word is a word of three letters.
+        "%00" => Cow::Borrowed(word.as_bytes()),
+        _ => unescape_segment(word, stays_escaped),
+    }))
 }
 
 /// The queue of a durable subscription, apart from those of services.
@@ -46,11 +55,18 @@ pub(crate) fn short(shown: &str, text: String) -> Result<ShortString> {
     })
 }
 
-/// A segment with its escapes undone. An escaped dot stays one: a word cannot hold it. So does what is not UTF-8, which
-/// the client crate cannot send.
+/// A segment with its escapes undone. What a word cannot hold, and the client crate cannot send, stays escaped.
 fn literal(segment: &str) -> String {
-    let bytes = unescape_segment(segment, |byte| byte != b'.');
-    String::from_utf8(bytes.into_owned()).unwrap_or_else(|_| segment.to_owned())
+    let text =
+        |keep: fn(u8) -> bool| String::from_utf8(unescape_segment(segment, keep).into_owned());
+    text(|byte| byte != b'.')
+        .or_else(|_| text(|byte| !stays_escaped(byte)))
+        .unwrap_or_else(|_| segment.to_owned())
+}
+
+/// Dots separate words, and the client crate knows UTF-8 only.
+fn stays_escaped(byte: u8) -> bool {
+    byte == b'.' || !byte.is_ascii()
 }
 
 fn joined(words: impl Iterator<Item = String>) -> String {
@@ -72,7 +88,9 @@ mod tests {
 
     #[test]
     fn foreign_keys_come_back_as_they_were() {
-        for foreign in ["a b", "a/b.c", "", ".", "a..b", "100%", "x*y.#", "a+b", "%2E"] {
+        for foreign in [
+            "a b", "a/b.c", "", ".", "a..b", "100%", "x*y.#", "a+b", "%2E", "%00", "%41",
+        ] {
             let ours = name(foreign);
             assert!(Name::new(ours.as_str()).is_ok(), "{ours}");
             assert_eq!(key(&ours).unwrap().as_str(), foreign);
@@ -81,9 +99,14 @@ mod tests {
 
     #[test]
     fn what_a_word_cannot_hold_stays_escaped() {
-        for text in ["a%2Eb", "a%FFb"] {
-            let name = Name::new(text).unwrap();
-            assert_eq!(key(&name).unwrap().as_str(), text);
+        for (text, wire) in [
+            ("a%2Eb", "a%2Eb"),
+            ("a%FF%20b", "a%FF b"),
+            ("%C2%A0", "\u{a0}"),
+        ] {
+            let ours = Name::new(text).unwrap();
+            assert_eq!(key(&ours).unwrap().as_str(), wire);
+            assert_eq!(name(wire), ours);
         }
     }
 

@@ -167,8 +167,14 @@ impl AmqpConfig {
         set(&mut config.exchange, url.take("exchange"));
         config.dead_letter = url.take("dead_letter");
         set(&mut config.expires, url.take_duration("expires")?);
-        set(&mut config.connect_timeout, url.take_duration("connect_timeout")?);
-        set(&mut config.close_timeout, url.take_duration("close_timeout")?);
+        set(
+            &mut config.connect_timeout,
+            url.take_duration("connect_timeout")?,
+        );
+        set(
+            &mut config.close_timeout,
+            url.take_duration("close_timeout")?,
+        );
         set(&mut config.dialect, url.take_parsed("dialect")?);
         set(&mut config.max_payload, url.take_parsed("max_payload")?);
         set(&mut config.outbox, url.take_parsed("outbox")?);
@@ -235,16 +241,22 @@ impl AmqpConfig {
         let short = |text: &str| (1..=MAX_SHORT).contains(&text.len());
         let rules = [
             (
-                self.heartbeat.subsec_nanos() == 0 && (1..=65_535).contains(&self.heartbeat.as_secs()),
+                self.heartbeat.subsec_nanos() == 0
+                    && (1..=65_535).contains(&self.heartbeat.as_secs()),
                 "`heartbeat` is 1s to 65535s, in whole seconds",
             ),
             (
                 (1..=u128::from(u32::MAX)).contains(&self.expires.as_millis()),
                 "`expires` is more than zero and at most 49 days",
             ),
-            (!self.connect_timeout.is_zero(), "`connect_timeout` is more than zero"),
             (
-                short(&self.vhost) && short(&self.exchange) && self.dead_letter.as_deref().is_none_or(short),
+                !self.connect_timeout.is_zero(),
+                "`connect_timeout` is more than zero",
+            ),
+            (
+                short(&self.vhost)
+                    && short(&self.exchange)
+                    && self.dead_letter.as_deref().is_none_or(short),
                 "the virtual host, `exchange` and `dead_letter` have 1 to 255 bytes",
             ),
             (
@@ -279,7 +291,9 @@ impl AmqpConfig {
             None => (address, None),
         };
         let host = host.trim_start_matches('[').trim_end_matches(']');
-        let port = port.map_or(Ok(DEFAULT_PORT), str::parse).map_err(|_| bad())?;
+        let port = port
+            .map_or(Ok(DEFAULT_PORT), str::parse)
+            .map_err(|_| bad())?;
         if host.is_empty() || host.contains(['/', '@']) {
             return Err(bad());
         }
@@ -290,7 +304,11 @@ impl AmqpConfig {
     pub(crate) fn shown_url(&self) -> String {
         match self.vhost.as_str() {
             "/" => format!("amqp://{}", self.address),
-            vhost => format!("amqp://{}/{}", self.address, vhost.replace('%', "%25").replace('/', "%2f")),
+            vhost => format!(
+                "amqp://{}/{}",
+                self.address,
+                vhost.replace('%', "%25").replace('/', "%2f")
+            ),
         }
     }
 }
@@ -371,7 +389,13 @@ mod tests {
 
     #[test]
     fn virtual_hosts() {
-        for (path, vhost) in [("", "/"), ("/", "/"), ("/%2f", "/"), ("/a", "a"), ("/a%20b%2Fc", "a b/c")] {
+        for (path, vhost) in [
+            ("", "/"),
+            ("/", "/"),
+            ("/%2f", "/"),
+            ("/a", "a"),
+            ("/a%20b%2Fc", "a b/c"),
+        ] {
             let config = AmqpConfig::from_url(&format!("amqp://h{path}")).unwrap();
             assert_eq!(config.vhost, vhost, "{path}");
         }

@@ -122,8 +122,17 @@ impl Conn {
         }
         // The first to ask gets the error, if there is one.
         let mut outcome = Some(outcome);
-        let closers = self.closing.take().map_or_else(Vec::new, |(closers, _)| closers);
-        for waiting in self.first.take().map(|(first, _)| first).into_iter().chain(closers) {
+        let closers = self
+            .closing
+            .take()
+            .map_or_else(Vec::new, |(closers, _)| closers);
+        for waiting in self
+            .first
+            .take()
+            .map(|(first, _)| first)
+            .into_iter()
+            .chain(closers)
+        {
             let _ = waiting.send(outcome.take().unwrap_or(Ok(())));
         }
     }
@@ -133,7 +142,8 @@ impl Conn {
         let (mut attempt, mut epoch) = (0, 0);
         loop {
             epoch += 1;
-            let (config, routes, ways) = (self.config.clone(), self.routes.clone(), self.ways.clone());
+            let (config, routes, ways) =
+                (self.config.clone(), self.routes.clone(), self.ways.clone());
             let opening = async move {
                 let wire = net::open(&config).await?;
                 Session::start(wire, &config, epoch, &routes, ways).await
@@ -160,7 +170,9 @@ impl Conn {
                     }
                     cause
                 }
-                Err(Failure { fatal: Some(error), .. }) if self.first.is_some() => return Err(error),
+                Err(Failure {
+                    fatal: Some(error), ..
+                }) if self.first.is_some() => return Err(error),
                 Err(failure) => failure.cause,
             };
             attempt += 1;
@@ -168,7 +180,8 @@ impl Conn {
             tracing::warn!(broker = %self.config.shown_url(), %cause, attempt, ?delay, "not connected");
             self.last_cause.clone_from(&cause);
             if self.first.is_none() {
-                self.state.send_replace(LinkState::Reconnecting { attempt, cause });
+                self.state
+                    .send_replace(LinkState::Reconnecting { attempt, cause });
             }
             if self.while_down(sleep(delay)).await.is_none() {
                 return self.end_while_down(attempt);
@@ -329,7 +342,11 @@ impl Conn {
 
     /// A listener is served, or cannot be. Only who waits for it is told: later it is tried again.
     fn attached(&mut self, id: u64, outcome: Result<()>) {
-        let Some(waiting) = self.listeners.get_mut(&id).and_then(|entry| entry.waiting.take()) else {
+        let Some(waiting) = self
+            .listeners
+            .get_mut(&id)
+            .and_then(|entry| entry.waiting.take())
+        else {
             return;
         };
         if outcome.is_err()
@@ -344,7 +361,8 @@ impl Conn {
         // In this order: whoever is told of a lost call finds the link down.
         lock(&self.ways).lanes = None;
         let (attempt, cause) = (1, cause.to_owned());
-        self.state.send_replace(LinkState::Reconnecting { attempt, cause });
+        self.state
+            .send_replace(LinkState::Reconnecting { attempt, cause });
         self.routes.replies_lost();
         session.abandon().await;
     }
@@ -352,7 +370,10 @@ impl Conn {
     /// Closes cleanly, as far as the time allows.
     async fn finish(&mut self, mut session: Session) -> Result<()> {
         self.room.close();
-        let deadline = self.closing.as_ref().map_or_else(Instant::now, |(_, deadline)| *deadline);
+        let deadline = self
+            .closing
+            .as_ref()
+            .map_or_else(Instant::now, |(_, deadline)| *deadline);
         lock(&self.ways).close();
         let clean = timeout_at(deadline, session.finish()).await.is_ok();
         session.abandon().await;

@@ -10,8 +10,8 @@ use commlib_core::{Ack, AckReply, Arrival, Gap, GapCause, Malformed};
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{
-    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
-    QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+    BasicAckOptions, BasicCancelOptions, BasicNackOptions, BasicQosOptions, QueueBindOptions,
+    QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Consumer};
@@ -32,6 +32,9 @@ const EXPIRES_MS: i32 = 60_000;
 
 /// How many requests may wait at the broker for one service.
 const MAX_REQUESTS: i32 = 65_536;
+
+/// How often a queue is declared again that is gone before it is consumed.
+const TRIES: u32 = 3;
 
 /// Why a consumer ended, other than by an error.
 enum End {
@@ -59,12 +62,17 @@ pub(crate) async fn run(
                 }
                 listener.established.store(true, Ordering::Relaxed);
                 context.report(Report::Attached(listener.id, Ok(Attached { kept })));
-                match pump(&mut context, &listener, &channel, consumer, &mut left).await {
-                    Ok(End::Left) => return leave(&channel, &listener.kind).await,
-                    Ok(End::Closing) => return,
-                    Ok(End::Cancelled) => "the broker cancelled it; was its queue deleted?".to_owned(),
-                    Err(error) => net::text(&error),
+                let ended = pump(&mut context, &listener, &channel, consumer, &mut left).await;
+                if let Ok(End::Closing) = ended {
+                    return;
                 }
+                if let Ok(End::Left) = ended {
+                    delete(&channel, &listener.kind).await;
+                    return context.close(&channel).await;
+                }
+                context.close(&channel).await;
+                let deleted = "the broker cancelled it; was its queue deleted?";
+                ended.map_or_else(|error| net::text(&error), |_| deleted.to_owned())
             }
             Err(error) => {
                 let shown = listener.kind.queue().map_or("", ShortString::as_str);
@@ -92,7 +100,6 @@ pub(crate) async fn run(
 
 /// Declares, binds and consumes. The last of the three says whether the queue was there all the time.
 async fn open(context: &Context, listener: &Listener) -> lapin::Result<(Channel, Consumer, bool)> {
-    let mut channel = context.channel().await?;
     let mut kept = true;
     if listener.is_established()
         && let Kind::Acked { queue, .. } = &listener.kind
@@ -102,37 +109,45 @@ async fn open(context: &Context, listener: &Listener) -> lapin::Result<(Channel,
             passive: true,
             ..QueueDeclareOptions::default()
         };
-        let found = channel.queue_declare(queue.clone(), passive, FieldTable::default()).await;
-        if let Err(error) = found {
-            if !net::is_exception(&error) {
-                return Err(error);
-            }
-            kept = false;
-            channel = context.channel().await?;
+        let channel = context.channel().await?;
+        let found = channel.queue_declare(queue.clone(), passive, FieldTable::default());
+        match found.await {
+            Err(error) if net::is_exception(&error) => kept = false,
+            found => drop(found?),
+        }
+        context.close(&channel).await;
+    }
+    let mut tries = 0;
+    loop {
+        let channel = context.channel().await?;
+        match consume(context, listener, &channel).await {
+            // The last service of the name left between our declaration and our consumer, and took the queue along.
+            Err(error) if tries < TRIES && net::is_missing(&error) => tries += 1,
+            consumer => return Ok((channel, consumer?, kept)),
         }
     }
-    let queue = match &listener.kind {
-        Kind::Acked { queue, binding, .. } => {
-            declare(context, &channel, listener, queue).await?;
-            let exchange = context.exchange.clone();
-            let options = QueueBindOptions::default();
-            channel
-                .queue_bind(queue.clone(), exchange, binding.clone(), options, FieldTable::default())
-                .await?;
-            queue
-        }
-        Kind::Service { queue } => {
-            declare(context, &channel, listener, queue).await?;
-            queue
-        }
-        Kind::Topic { .. } | Kind::Replies => return Err(lapin::ErrorKind::InvalidChannel(channel.id()).into()),
+}
+
+async fn consume(
+    context: &Context,
+    listener: &Listener,
+    channel: &Channel,
+) -> lapin::Result<Consumer> {
+    let Some(queue) = listener.kind.queue() else {
+        return Err(lapin::ErrorKind::InvalidChannel(channel.id()).into());
     };
-    channel.basic_qos(listener.prefetch, BasicQosOptions::default()).await?;
-    let tag = address::unique("consumer");
-    let consumer = channel
-        .basic_consume(queue.clone(), tag, BasicConsumeOptions::default(), FieldTable::default())
-        .await?;
-    Ok((channel, consumer, kept))
+    declare(context, channel, listener, queue).await?;
+    if let Kind::Acked { binding, .. } = &listener.kind {
+        let (queue, exchange, key) = (queue.clone(), context.exchange.clone(), binding.clone());
+        let options = QueueBindOptions::default();
+        let arguments = FieldTable::default();
+        channel
+            .queue_bind(queue, exchange, key, options, arguments)
+            .await?;
+    }
+    let qos = BasicQosOptions::default();
+    channel.basic_qos(listener.prefetch, qos).await?;
+    context.consume(channel, queue.clone(), false).await
 }
 
 async fn declare(
@@ -147,7 +162,10 @@ async fn declare(
     };
     let mut options = QueueDeclareOptions::default();
     if let Some(exchange) = &context.dead_letter {
-        set("x-dead-letter-exchange", AMQPValue::LongString(exchange.as_str().into()));
+        set(
+            "x-dead-letter-exchange",
+            AMQPValue::LongString(exchange.as_str().into()),
+        );
     }
     match &listener.kind {
         // What commlib-py services do, for fleets that count on it: one service of a name, gone with its connection.
@@ -164,11 +182,18 @@ async fn declare(
         _ => {
             options.durable = true;
             let durable = matches!(listener.kind, Kind::Acked { durable: true, .. });
-            let ms = if durable { context.expires_ms } else { i64::from(EXPIRES_MS) };
+            let ms = if durable {
+                context.expires_ms
+            } else {
+                i64::from(EXPIRES_MS)
+            };
             set("x-expires", AMQPValue::LongLongInt(ms));
         }
     }
-    channel.queue_declare(queue.clone(), options, arguments).await.map(drop)
+    channel
+        .queue_declare(queue.clone(), options, arguments)
+        .await
+        .map(drop)
 }
 
 /// Deliveries in, acknowledgements out.
@@ -235,7 +260,10 @@ fn deliver(
     };
     let mark = mark(&delivery);
     let body = Bytes::from(delivery.data);
-    match context.reader.read(&delivery.properties, body, usage, listener.dialect) {
+    match context
+        .reader
+        .read(&delivery.properties, body, usage, listener.dialect)
+    {
         Ok(message) => {
             ledger.delivered(tag, mark);
             let mut arrival = Arrival::new(name, message);
@@ -245,7 +273,13 @@ fn deliver(
         }
         Err(error) => {
             listener.inbox.malformed(Malformed::new(name, error));
-            send(channel, Frame::Ack { tag, multiple: false });
+            send(
+                channel,
+                Frame::Ack {
+                    tag,
+                    multiple: false,
+                },
+            );
         }
     }
 }
@@ -257,23 +291,28 @@ fn settle(
     batch: &mut Vec<AckReply>,
     leaving: bool,
 ) {
-    let mut tries = listener.tries.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut tries = listener
+        .tries
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
     let (frames, given_up) = ledger.settle(batch.drain(..), &mut tries, leaving);
     drop(tries);
     for frame in frames {
         send(channel, frame);
     }
     if given_up > 0 {
-        listener.inbox.gap(Gap::new(GapCause::GivenUp, Some(given_up)));
+        listener
+            .inbox
+            .gap(Gap::new(GapCause::GivenUp, Some(given_up)));
     }
 }
 
 /// Queues a frame with the client crate; nobody waits until it is written. The prefetch bounds how many there can be.
 fn send(channel: &Channel, frame: Frame) {
     let queued = match frame {
-        Frame::Ack { tag, multiple } => {
-            channel.basic_ack(tag, BasicAckOptions { multiple }).now_or_never()
-        }
+        Frame::Ack { tag, multiple } => channel
+            .basic_ack(tag, BasicAckOptions { multiple })
+            .now_or_never(),
         Frame::Nack { tag, requeue } => {
             let options = BasicNackOptions {
                 requeue,
@@ -288,17 +327,17 @@ fn send(channel: &Channel, frame: Frame) {
     }
 }
 
-/// Removes a queue that nobody else uses and nobody will ask for, and closes the channel.
-async fn leave(channel: &Channel, kind: &Kind) {
+/// Removes a queue that nobody else uses and nobody will ask for.
+async fn delete(channel: &Channel, kind: &Kind) {
     let (queue, if_empty) = match kind {
-        Kind::Acked { queue, durable: false, .. } => (queue, false),
+        Kind::Acked {
+            queue,
+            durable: false,
+            ..
+        } => (queue, false),
         // Requests that wait are for a service that may come.
         Kind::Service { queue } => (queue, true),
-        _ => {
-            // Not by dropping it, so that acknowledgements are written first.
-            let _ = channel.close(200, "OK".into()).await;
-            return;
-        }
+        _ => return,
     };
     let options = QueueDeleteOptions {
         if_unused: true,

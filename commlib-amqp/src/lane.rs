@@ -61,9 +61,11 @@ impl Outgoing {
             Some(_) if is_request => Err(Error::new(ErrorKind::NoService, "request to")
                 .at(&key)
                 .because("nobody serves this name")),
-            Some(said) => Err(Error::new(ErrorKind::Broker, "publish to").at(&key).because(format_args!(
-                "nobody subscribes to it, so that the broker kept nothing ({said})"
-            ))),
+            Some(said) => Err(Error::new(ErrorKind::Broker, "publish to")
+                .at(&key)
+                .because(format_args!(
+                    "nobody subscribes to it, so that the broker kept nothing ({said})"
+                ))),
             None if !ack && is_request => Err(Error::new(ErrorKind::Broker, "request to")
                 .at(&key)
                 .because("too many requests wait for a service of this name")),
@@ -75,11 +77,15 @@ impl Outgoing {
         self.settle(outcome);
     }
 
+    /// Whether this is what came back. The broker changes the reply address.
     fn is(&self, returned: &BasicReturnMessage) -> bool {
+        let (came, went) = (&returned.properties, &self.properties);
         returned.routing_key == self.key
             && returned.exchange == self.exchange
+            && came.message_id() == went.message_id()
+            && came.correlation_id() == went.correlation_id()
+            && came.timestamp() == went.timestamp()
             && returned.data == self.body
-            && returned.properties == self.properties
     }
 }
 
@@ -281,11 +287,16 @@ impl Kept {
             }
             confirms.pop_front();
         }
-        let acks: Vec<_> = done.iter().map(|confirmation| !confirmation.is_nack()).collect();
+        let acks: Vec<_> = done
+            .iter()
+            .map(|confirmation| !confirmation.is_nack())
+            .collect();
         for returned in done.into_iter().filter_map(Confirmation::take_message) {
             // Found by what it says. Equal messages end equally, so any of them will do.
             let mut entries = self.entries.iter_mut();
-            if let Some(entry) = entries.find(|entry| entry.returned.is_none() && entry.is(&returned)) {
+            if let Some(entry) =
+                entries.find(|entry| entry.returned.is_none() && entry.is(&returned))
+            {
                 entry.returned = Some(returned.reply_text.to_string());
             }
         }

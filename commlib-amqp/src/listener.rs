@@ -34,9 +34,16 @@ pub(crate) struct Listener {
 #[derive(Debug)]
 pub(crate) enum Kind {
     /// A topic or pattern at best effort: all share one queue.
-    Topic { pattern: Pattern, binding: ShortString },
+    Topic {
+        pattern: Pattern,
+        binding: ShortString,
+    },
     /// A topic or pattern at least once, by a queue of its own, which a durable name keeps.
-    Acked { queue: ShortString, binding: ShortString, durable: bool },
+    Acked {
+        queue: ShortString,
+        binding: ShortString,
+        durable: bool,
+    },
     /// Requests to a service.
     Service { queue: ShortString },
     /// Replies to this connection's calls.
@@ -83,8 +90,11 @@ impl Reader {
         let message = properties::decode(properties, body, usage, dialect)?;
         let (size, max) = (message.data.len(), self.max_payload);
         if size > max {
-            return Err(Error::new(ErrorKind::TooLarge, "received message")
-                .because(format_args!("{size} bytes are more than the limit of {max}")));
+            return Err(
+                Error::new(ErrorKind::TooLarge, "received message").because(format_args!(
+                    "{size} bytes are more than the limit of {max}"
+                )),
+            );
         }
         Ok(message)
     }
@@ -166,14 +176,23 @@ impl Routes {
             let bare = listener.dialect.is_bare();
             let message = match &read {
                 Some((same, message)) if *same == bare => Ok(message.clone()),
-                _ => reader.read(&delivery.properties, body.clone(), Use::Topic, listener.dialect),
+                _ => reader.read(
+                    &delivery.properties,
+                    body.clone(),
+                    Use::Topic,
+                    listener.dialect,
+                ),
             };
             match message {
                 Ok(message) => {
                     read = Some((bare, message.clone()));
                     listener.inbox.deliver(Arrival::new(name.clone(), message));
                 }
-                Err(error) => drop(listener.inbox.malformed(Malformed::new(name.clone(), error))),
+                Err(error) => drop(
+                    listener
+                        .inbox
+                        .malformed(Malformed::new(name.clone(), error)),
+                ),
             }
         }
     }
@@ -183,12 +202,24 @@ impl Routes {
         let name = Name::from_foreign([delivery.routing_key.as_str()]);
         let body = Bytes::from(delivery.data);
         let read = reader.read(&delivery.properties, body, Use::Rpc, Dialect::default());
-        let echoed = delivery.properties.correlation_id().as_ref().map(ToString::to_string);
-        let inner = || read.as_ref().ok().and_then(|message| message.header.correlation_id.clone());
+        let echoed = delivery
+            .properties
+            .correlation_id()
+            .as_ref()
+            .map(ToString::to_string);
+        let inner = || {
+            read.as_ref()
+                .ok()
+                .and_then(|message| message.header.correlation_id.clone())
+        };
         let key = echoed.or_else(inner);
         let table = self.lock();
         let owner = key.as_deref().and_then(lease_owner);
-        let Some(listener) = table.replies.iter().find(|listener| Some(listener.id) == owner) else {
+        let Some(listener) = table
+            .replies
+            .iter()
+            .find(|listener| Some(listener.id) == owner)
+        else {
             tracing::debug!(?key, "a reply that nobody waits for");
             return;
         };

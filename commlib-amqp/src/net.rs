@@ -9,7 +9,9 @@ use commlib_core::{Error, ErrorKind, Result};
 use futures_util::{Stream, StreamExt};
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::tcp::AsyncTcpStream;
-use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism};
+use lapin::uri::{
+    AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism,
+};
 use lapin::{Connection, ConnectionProperties, Event};
 use socket2::{SockRef, Socket};
 use tokio::net::lookup_host;
@@ -138,7 +140,8 @@ fn refusal(config: &AmqpConfig, error: &lapin::Error) -> Option<Error> {
         }
         // Also said of too many connections and of a virtual host that is starting, which pass.
         AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
-            if message.contains("not found") || (message.contains("refused") && !message.contains("limit")) =>
+            if message.contains("not found")
+                || (message.contains("refused") && !message.contains("limit")) =>
         {
             format!(
                 "check that the virtual host `{}` exists and user `{}` may use it",
@@ -173,13 +176,20 @@ pub(crate) fn is_exception(error: &lapin::Error) -> bool {
     error.is_amqp_soft_error()
 }
 
+/// Whether the broker does not know what was named.
+pub(crate) fn is_missing(error: &lapin::Error) -> bool {
+    matches!(error.kind(), lapin::ErrorKind::ProtocolError(refused)
+        if *refused.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND))
+}
+
 /// The error for whoever asked for what the broker refused.
 pub(crate) fn refused(operation: &'static str, address: &str, error: &lapin::Error) -> Error {
     let (kind, advice) = match error.kind() {
         lapin::ErrorKind::ProtocolError(refused) => match refused.kind() {
-            AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => {
-                (ErrorKind::Broker, "the user lacks the right, or the name is one of the broker's own")
-            }
+            AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => (
+                ErrorKind::Broker,
+                "the user lacks the right, or the name is one of the broker's own",
+            ),
             AMQPErrorKind::Soft(AMQPSoftError::RESOURCELOCKED) => (
                 ErrorKind::Broker,
                 "another connection holds the queue for itself, as commlib-py services do",
@@ -188,7 +198,9 @@ pub(crate) fn refused(operation: &'static str, address: &str, error: &lapin::Err
                 ErrorKind::Broker,
                 "it exists with other settings: use the same everywhere, or delete it at the broker",
             ),
-            AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => (ErrorKind::Broker, "it does not exist"),
+            AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => {
+                (ErrorKind::Broker, "it does not exist")
+            }
             _ => (ErrorKind::Broker, "the broker refused"),
         },
         _ => (ErrorKind::ConnectionLost, "the link was lost"),

@@ -34,7 +34,11 @@ const PROPERTIES: &str = "x-commlib-properties";
 ///
 /// # Errors
 /// [`ErrorKind::Encode`] if a field has no form in AMQP.
-pub(crate) fn encode(message: &Message, usage: Use, dialect: Dialect) -> Result<(BasicProperties, Bytes)> {
+pub(crate) fn encode(
+    message: &Message,
+    usage: Use,
+    dialect: Dialect,
+) -> Result<(BasicProperties, Bytes)> {
     let header = &message.header;
     let enveloped = usage == Use::Rpc && dialect == Dialect::CommlibPy;
     let body = if enveloped {
@@ -47,7 +51,11 @@ pub(crate) fn encode(message: &Message, usage: Use, dialect: Dialect) -> Result<
         .with_content_encoding(short("content_encoding", header.content_encoding())?);
     if let Some(ns) = header.timestamp {
         // Not the seconds that AMQP asks for, but what commlib-py sends and reads.
-        let unit = if dialect == Dialect::CommlibPy011 { 1_000_000 } else { 1 };
+        let unit = if dialect == Dialect::CommlibPy011 {
+            1_000_000
+        } else {
+            1
+        };
         properties = properties.with_timestamp(ns / unit);
     }
     if let Some(id) = &header.message_id {
@@ -135,7 +143,10 @@ pub(crate) fn decode(
     usage: Use,
     dialect: Dialect,
 ) -> Result<Message> {
-    let ours = properties.app_id().as_ref().is_some_and(|id| id.as_str() == APP_ID);
+    let ours = properties
+        .app_id()
+        .as_ref()
+        .is_some_and(|id| id.as_str() == APP_ID);
     let size = body.len();
     let mut message = if ours {
         let header = Header::default();
@@ -156,8 +167,16 @@ pub(crate) fn decode(
         header.correlation_id = Some(id);
     }
     for (key, value, default) in [
-        ("content_type", properties.content_type(), DEFAULT_CONTENT_TYPE),
-        ("content_encoding", properties.content_encoding(), DEFAULT_CONTENT_ENCODING),
+        (
+            "content_type",
+            properties.content_type(),
+            DEFAULT_CONTENT_TYPE,
+        ),
+        (
+            "content_encoding",
+            properties.content_encoding(),
+            DEFAULT_CONTENT_ENCODING,
+        ),
     ] {
         if let Some(value) = value.as_ref().filter(|value| value.as_str() != default) {
             header.properties.insert(key.to_owned(), value.to_string());
@@ -184,7 +203,11 @@ pub(crate) fn decode(
 
 /// One field of the headers table.
 fn take(header: &mut Header, key: &str, value: &AMQPValue) -> Result<()> {
-    let wrong = |why: &dyn Display| Error::new(ErrorKind::Decode, "message header").at(key).because(why);
+    let wrong = |why: &dyn Display| {
+        Error::new(ErrorKind::Decode, "message header")
+            .at(key)
+            .because(why)
+    };
     let string = || as_text(value).ok_or_else(|| wrong(&"it is not a text"));
     let count = || as_count(value).ok_or_else(|| wrong(&"it is not a count"));
     match key {
@@ -199,13 +222,17 @@ fn take(header: &mut Header, key: &str, value: &AMQPValue) -> Result<()> {
             let hops: Option<Vec<_>> = hops.as_slice().iter().map(as_text).collect();
             header.hops = hops.ok_or_else(|| wrong(&"it is not a list of texts"))?;
         }
-        EXTRA => header.extra.extend(parse::<BTreeMap<String, Value>>(&string()?).map_err(|e| wrong(&e))?),
+        EXTRA => header
+            .extra
+            .extend(parse::<BTreeMap<String, Value>>(&string()?).map_err(|e| wrong(&e))?),
         PROPERTIES => {
             let all: BTreeMap<String, String> = parse(&string()?).map_err(|e| wrong(&e))?;
             header.properties.extend(all);
         }
         // The broker's own account of dead letters.
-        _ if key == "x-death" || key.starts_with("x-first-death-") || key.starts_with("x-last-death-") => {}
+        _ if key == "x-death"
+            || key.starts_with("x-first-death-")
+            || key.starts_with("x-last-death-") => {}
         _ => match as_text(value) {
             Some(text) => drop(header.properties.insert(key.to_owned(), text)),
             None => drop(header.extra.insert(key.to_owned(), as_json(value))),
@@ -223,7 +250,9 @@ fn text(text: &str) -> AMQPValue {
 }
 
 fn encoded<T: Serialize + ?Sized>(value: &T) -> Result<AMQPValue> {
-    Ok(AMQPValue::LongString(LongString::from(commlib_core::encode(value)?.to_vec())))
+    Ok(AMQPValue::LongString(LongString::from(
+        commlib_core::encode(value)?.to_vec(),
+    )))
 }
 
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T> {
@@ -236,8 +265,11 @@ fn number(number: u64) -> AMQPValue {
 }
 
 fn short(field: &'static str, text: &str) -> Result<ShortString> {
-    ShortString::try_new(text)
-        .map_err(|e| Error::new(ErrorKind::Encode, "message header").at(field).because(e))
+    ShortString::try_new(text).map_err(|e| {
+        Error::new(ErrorKind::Encode, "message header")
+            .at(field)
+            .because(e)
+    })
 }
 
 fn as_text(value: &AMQPValue) -> Option<String> {
@@ -272,15 +304,18 @@ fn as_json(value: &AMQPValue) -> Value {
         AMQPValue::Float(f) => Value::from(*f),
         AMQPValue::Double(f) => Value::from(*f),
         AMQPValue::Timestamp(t) => Value::from(*t),
-        AMQPValue::DecimalValue(d) => {
-            Value::from(f64::from(d.value) / 10_f64.powi(d.scale.into()))
-        }
+        AMQPValue::DecimalValue(d) => Value::from(f64::from(d.value) / 10_f64.powi(d.scale.into())),
         AMQPValue::LongString(text) => Value::from(text.to_string()),
         AMQPValue::ByteArray(bytes) => Value::from(bytes.as_slice().to_vec()),
         AMQPValue::FieldArray(all) => all.as_slice().iter().map(as_json).collect(),
         AMQPValue::FieldTable(all) => all
             .into_iter()
-            .map(|(key, value)| (key.to_string(), as_text(value).map_or_else(|| as_json(value), Value::from)))
+            .map(|(key, value)| {
+                (
+                    key.to_string(),
+                    as_text(value).map_or_else(|| as_json(value), Value::from),
+                )
+            })
             .collect(),
         other => as_integer(other).map_or(Value::Null, Value::from),
     }
@@ -324,7 +359,9 @@ mod tests {
         ] {
             header.properties.insert(key.to_owned(), value.to_owned());
         }
-        header.extra.insert("odd".to_owned(), json!({"deep": [null, 1.5, "x"]}));
+        header
+            .extra
+            .insert("odd".to_owned(), json!({"deep": [null, 1.5, "x"]}));
         message
     }
 
@@ -343,7 +380,10 @@ mod tests {
         for message in [message(), request(Dialect::Envelope), Message::new("1")] {
             let (properties, body) = encode(&message, Use::Rpc, Dialect::Envelope).unwrap();
             assert_eq!(body, message.data);
-            assert_eq!(decode(&properties, body, Use::Rpc, Dialect::CommlibPy).unwrap(), message);
+            assert_eq!(
+                decode(&properties, body, Use::Rpc, Dialect::CommlibPy).unwrap(),
+                message
+            );
         }
     }
 
@@ -372,7 +412,8 @@ mod tests {
 
     #[test]
     fn requests_of_old_peers_tell_their_form() {
-        for (dialect, has_envelope) in [(Dialect::CommlibPy, true), (Dialect::CommlibPy011, false)] {
+        for (dialect, has_envelope) in [(Dialect::CommlibPy, true), (Dialect::CommlibPy011, false)]
+        {
             let (properties, body) = encode(&request(dialect), Use::Rpc, dialect).unwrap();
             assert_eq!(body.starts_with(b"{\"header\":"), has_envelope);
             assert_eq!(properties.expiration().as_ref().unwrap().as_str(), "1500");
@@ -402,9 +443,18 @@ mod tests {
         let mut table = FieldTable::default();
         put(&mut table, "name", text("x"));
         put(&mut table, "count", AMQPValue::LongInt(-3));
-        put(&mut table, "x-death", AMQPValue::FieldArray(FieldArray::default()));
+        put(
+            &mut table,
+            "x-death",
+            AMQPValue::FieldArray(FieldArray::default()),
+        );
         let properties = BasicProperties::default().with_headers(table);
-        let read = decode(&properties, Bytes::from_static(b"[]"), Use::Topic, Dialect::Envelope);
+        let read = decode(
+            &properties,
+            Bytes::from_static(b"[]"),
+            Use::Topic,
+            Dialect::Envelope,
+        );
         let header = read.unwrap().header;
         assert_eq!(header.property("name"), Some("x"));
         assert_eq!(header.extra.get("count"), Some(&json!(-3)));
@@ -417,21 +467,38 @@ mod tests {
             let mut table = FieldTable::default();
             put(&mut table, key, value);
             let properties = BasicProperties::default().with_headers(table);
-            decode(&properties, Bytes::from_static(b"1"), Use::Topic, Dialect::Envelope)
+            decode(
+                &properties,
+                Bytes::from_static(b"1"),
+                Use::Topic,
+                Dialect::Envelope,
+            )
         };
         for (key, value) in [
             (SEQ, text("3")),
             (SEQ, AMQPValue::LongInt(-3)),
             (SENDER, number(3)),
             (HOPS, text("[]")),
-            (HOPS, AMQPValue::FieldArray(FieldArray::from(vec![number(1)]))),
+            (
+                HOPS,
+                AMQPValue::FieldArray(FieldArray::from(vec![number(1)])),
+            ),
             (ERROR, text("{}")),
             (EXTRA, text("[]")),
         ] {
-            assert_eq!(bad(key, value).unwrap_err().kind(), ErrorKind::Decode, "{key}");
+            assert_eq!(
+                bad(key, value).unwrap_err().kind(),
+                ErrorKind::Decode,
+                "{key}"
+            );
         }
         let properties = BasicProperties::default();
-        let garbage = decode(&properties, Bytes::from_static(b"{"), Use::Topic, Dialect::Envelope);
+        let garbage = decode(
+            &properties,
+            Bytes::from_static(b"{"),
+            Use::Topic,
+            Dialect::Envelope,
+        );
         assert_eq!(garbage.unwrap_err().kind(), ErrorKind::Decode);
         let mut long = message();
         long.header.message_id = Some("x".repeat(256));

@@ -35,8 +35,18 @@ pub(crate) struct Context {
     pub(crate) expires_ms: i64,
     pub(crate) reader: Reader,
     connection: Arc<Connection>,
+    held: Arc<Mutex<Vec<Held>>>,
     reports: mpsc::UnboundedSender<Report>,
     closing: watch::Receiver<bool>,
+}
+
+/// Keeps a channel and its consumer until the channel is closed in so many words, or the session ends.
+///
+/// The client crate closes a channel and cancels a consumer that are dropped, and ends the whole connection if that
+/// fails, which it does when something else closes them at the same time.
+struct Held {
+    channel: Channel,
+    _consumer: Option<Consumer>,
 }
 
 /// What the tasks of a session tell the one that made them.
@@ -52,8 +62,49 @@ pub(crate) struct Attached {
 }
 
 impl Context {
+    /// Opens a channel. It lives as long as the session if it is not [closed](Self::close).
     pub(crate) async fn channel(&self) -> lapin::Result<Channel> {
-        self.connection.create_channel().await
+        let channel = self.connection.create_channel().await?;
+        self.hold(&channel, None);
+        Ok(channel)
+    }
+
+    /// Consumes a queue, one for each channel.
+    pub(crate) async fn consume(
+        &self,
+        channel: &Channel,
+        queue: ShortString,
+        no_ack: bool,
+    ) -> lapin::Result<Consumer> {
+        let options = BasicConsumeOptions {
+            no_ack,
+            ..BasicConsumeOptions::default()
+        };
+        let tag = address::unique("consumer");
+        let arguments = FieldTable::default();
+        let consumer = channel
+            .basic_consume(queue, tag, options, arguments)
+            .await?;
+        self.hold(channel, Some(consumer.clone()));
+        Ok(consumer)
+    }
+
+    fn hold(&self, channel: &Channel, consumer: Option<Consumer>) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.retain(|other| other.channel.status().connected());
+        held.push(Held {
+            channel: channel.clone(),
+            _consumer: consumer,
+        });
+    }
+
+    /// Closes a channel, if it is open still.
+    pub(crate) async fn close(&self, channel: &Channel) {
+        if channel.status().connected()
+            && let Err(error) = channel.close(200, "OK".into()).await
+        {
+            tracing::debug!(%error, "closed already");
+        }
     }
 
     pub(crate) fn is_up(&self) -> bool {
@@ -83,7 +134,12 @@ impl Context {
             return false;
         }
         let delay = backoff.next_delay();
-        tracing::warn!(what, cause, ?delay, "a channel was closed and is opened again");
+        tracing::warn!(
+            what,
+            cause,
+            ?delay,
+            "a channel was closed and is opened again"
+        );
         sleep(delay).await;
         self.is_up()
     }
@@ -152,6 +208,7 @@ impl Session {
                 max_payload: config.max_payload,
             },
             connection: wire.connection.clone(),
+            held: Arc::default(),
             reports,
             closing: close,
         };
@@ -181,7 +238,11 @@ impl Session {
     }
 
     /// Sends at-least-once messages; `resent` is told once those were sent that were kept from before.
-    pub(crate) fn start_outbox(&mut self, outbox: Arc<AsyncMutex<Kept>>, resent: oneshot::Sender<()>) {
+    pub(crate) fn start_outbox(
+        &mut self,
+        outbox: Arc<AsyncMutex<Kept>>,
+        resent: oneshot::Sender<()>,
+    ) {
         let context = self.context.clone();
         self.tasks.spawn(async move {
             let mut outbox = outbox.lock().await;
@@ -190,11 +251,15 @@ impl Session {
             loop {
                 let sent = async {
                     let channel = context.channel().await?;
-                    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+                    let confirm = ConfirmSelectOptions::default();
+                    channel.confirm_select(confirm).await?;
                     outbox.send(&channel, &mut resent).await
                 };
                 let Err(error) = sent.await else { return };
-                if !context.repair("outbox", &net::text(&error), &mut backoff).await {
+                if !context
+                    .repair("outbox", &net::text(&error), &mut backoff)
+                    .await
+                {
                     return;
                 }
             }
@@ -208,10 +273,12 @@ impl Session {
             Kind::Replies => {
                 // Replies are listened to from the start.
                 listener.established.store(true, Ordering::Relaxed);
-                self.context.report(Report::Attached(listener.id, Ok(Attached { kept: true })));
+                self.context
+                    .report(Report::Attached(listener.id, Ok(Attached { kept: true })));
             }
             Kind::Acked { .. } | Kind::Service { .. } => {
-                self.tasks.spawn(consumer::run(self.context.clone(), listener.clone(), left));
+                self.tasks
+                    .spawn(consumer::run(self.context.clone(), listener.clone(), left));
             }
         }
     }
@@ -266,7 +333,10 @@ async fn check_exchange(context: &Context, config: &AmqpConfig) -> Result<(), Fa
             })
         }
         Err(error) => Err(lost(&error)),
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            context.close(&channel).await;
+            Ok(())
+        }
     }
 }
 
@@ -293,24 +363,22 @@ async fn call(context: Context, routes: Routes, queue: mpsc::UnboundedReceiver<O
         let exchanged = async {
             let channel = context.channel().await?;
             // Confirmed, because a request that is returned is told before the next confirmation only.
-            channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            let options = BasicConsumeOptions {
-                no_ack: true,
-                ..BasicConsumeOptions::default()
-            };
-            let tag = address::unique("replies");
-            let consuming = channel.basic_consume(REPLY_TO.into(), tag, options, FieldTable::default());
-            let mut replies: Consumer = consuming.await?;
+            let confirm = ConfirmSelectOptions::default();
+            channel.confirm_select(confirm).await?;
+            let mut replies = context.consume(&channel, REPLY_TO.into(), true).await?;
             let receive = async {
                 while let Some(reply) = replies.next().await {
                     routes.deliver_reply(reply?, context.reader);
                 }
-                Err(lapin::ErrorKind::InvalidChannel(channel.id()).into())
+                Ok(())
             };
             let mut nobody = None;
             tokio::select! {
                 sent = kept.send(&channel, &mut nobody) => sent,
-                ended = receive => ended,
+                ended = receive => {
+                    context.close(&channel).await;
+                    ended.and(Err(lapin::ErrorKind::InvalidChannel(channel.id()).into()))
+                }
             }
         };
         let Err(error) = exchanged.await else { return };
@@ -320,7 +388,10 @@ async fn call(context: Context, routes: Routes, queue: mpsc::UnboundedReceiver<O
         // The address that the replies go to is gone with the channel.
         kept.fail(|| net::refused("request to", "a service", &error));
         routes.replies_lost();
-        if !context.repair("calls", &net::text(&error), &mut backoff).await {
+        if !context
+            .repair("calls", &net::text(&error), &mut backoff)
+            .await
+        {
             return;
         }
     }

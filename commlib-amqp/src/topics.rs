@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use futures_util::StreamExt;
-use lapin::options::{
-    BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions,
-};
+use lapin::options::{QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Consumer};
 use tokio::sync::mpsc;
@@ -87,7 +85,7 @@ async fn serve(
         bound: HashSet::new(),
         bind: None,
     };
-    let (_channel, mut consumer) = hub.open().await?;
+    let (channel, mut consumer) = hub.open().await?;
     for listener in waiting {
         hub.join(&listener).await?;
     }
@@ -107,10 +105,14 @@ async fn serve(
         }
     };
     // Side by side: a change waits for the broker, arrivals do not.
-    tokio::select! {
+    let ended = tokio::select! {
         ended = pump => ended,
         failed = change => failed,
+    };
+    for channel in hub.bind.iter().chain([&channel]) {
+        context.close(channel).await;
     }
+    ended
 }
 
 impl Hub<'_> {
@@ -124,14 +126,12 @@ impl Hub<'_> {
             auto_delete: true,
             ..QueueDeclareOptions::default()
         };
-        channel.queue_declare(self.queue.clone(), options, arguments).await?;
-        let options = BasicConsumeOptions {
-            no_ack: true,
-            ..BasicConsumeOptions::default()
-        };
-        let tag = address::unique("consumer");
-        let consumer = channel
-            .basic_consume(self.queue.clone(), tag, options, FieldTable::default())
+        channel
+            .queue_declare(self.queue.clone(), options, arguments)
+            .await?;
+        let consumer = self
+            .context
+            .consume(&channel, self.queue.clone(), true)
             .await?;
         Ok((channel, consumer))
     }
@@ -149,7 +149,13 @@ impl Hub<'_> {
         let channel = self.bind_channel().await?;
         // What is bound already stays bound.
         let bound = channel
-            .queue_bind(queue, exchange, binding.clone(), options, FieldTable::default())
+            .queue_bind(
+                queue,
+                exchange,
+                binding.clone(),
+                options,
+                FieldTable::default(),
+            )
             .await;
         let outcome = match bound {
             Ok(()) => {
@@ -179,7 +185,10 @@ impl Hub<'_> {
         }
         let (queue, exchange) = (self.queue.clone(), self.context.exchange.clone());
         let channel = self.bind_channel().await?;
-        match channel.queue_unbind(queue, exchange, binding.clone(), FieldTable::default()).await {
+        match channel
+            .queue_unbind(queue, exchange, binding.clone(), FieldTable::default())
+            .await
+        {
             Err(error) if net::is_exception(&error) => self.bind = None,
             outcome => outcome?,
         }

@@ -63,7 +63,9 @@ impl AmqpTransport {
         let first = waits.then(|| (first, Instant::now() + config.connect_timeout));
         let this = Self::spawn(config, first);
         if waits {
-            connected.await.unwrap_or_else(|_| Err(this.closed("connect to")))?;
+            connected
+                .await
+                .unwrap_or_else(|_| Err(this.closed("connect to")))?;
         }
         Ok(this)
     }
@@ -109,7 +111,12 @@ impl AmqpTransport {
     }
 
     /// Sends without keeping.
-    async fn send_once(&self, to: &Target, mut message: Outgoing, options: &SendOptions) -> Result<Receipt> {
+    async fn send_once(
+        &self,
+        to: &Target,
+        mut message: Outgoing,
+        options: &SendOptions,
+    ) -> Result<Receipt> {
         const OPERATION: &str = "send to";
         self.link.check_up(OPERATION, to)?;
         let Some(lanes) = lock(&self.ways).lanes.clone() else {
@@ -118,7 +125,9 @@ impl AmqpTransport {
         let queue = async {
             let size = message.body.len();
             if size > LARGE {
-                message._room.push(take(&self.room.large, size.min(LARGE_ROOM)).await?);
+                message
+                    ._room
+                    .push(take(&self.room.large, size.min(LARGE_ROOM)).await?);
             }
             match to {
                 Target::Topic(_) => lanes.topics.send(message).await.ok()?,
@@ -142,7 +151,12 @@ impl AmqpTransport {
     }
 
     /// Sends through the outbox.
-    async fn send_kept(&self, to: &Target, mut message: Outgoing, options: &SendOptions) -> Result<Receipt> {
+    async fn send_kept(
+        &self,
+        to: &Target,
+        mut message: Outgoing,
+        options: &SendOptions,
+    ) -> Result<Receipt> {
         const OPERATION: &str = "publish to";
         let bytes = message.body.len().clamp(1, self.config.outbox_bytes);
         let room = async {
@@ -174,7 +188,12 @@ impl AmqpTransport {
                 Use::Topic,
                 options.dialect,
             ),
-            Target::Queue(name) => (ShortString::default(), address::key(name)?, Use::Rpc, options.dialect),
+            Target::Queue(name) => (
+                ShortString::default(),
+                address::key(name)?,
+                Use::Rpc,
+                options.dialect,
+            ),
             Target::Reply(reply_to) => (
                 ShortString::default(),
                 address::short(&reply_to.address, reply_to.address.clone())?,
@@ -261,11 +280,16 @@ impl Transport for AmqpTransport {
         if size > max {
             return Err(Error::new(ErrorKind::TooLarge, "message to")
                 .at(to)
-                .because(format_args!("{size} bytes are more than the limit of {max}")));
+                .because(format_args!(
+                    "{size} bytes are more than the limit of {max}"
+                )));
         }
         let outgoing = self.outgoing(to, &message, &options)?;
         // RabbitMQ wants a request with a direct reply on the channel that gets the reply.
-        let direct = message.header.reply_to.is_some_and(|reply_to| reply_to.address == REPLY_TO);
+        let direct = message
+            .header
+            .reply_to
+            .is_some_and(|reply_to| reply_to.address == REPLY_TO);
         match (options.delivery, to) {
             (Delivery::AtLeastOnce, Target::Topic(_) | Target::Queue(_)) if !direct => {
                 self.send_kept(to, outgoing, &options).await
@@ -309,13 +333,18 @@ impl Transport for AmqpTransport {
         self.control
             .send(Control::Listen(Arc::new(listener), waiting))
             .map_err(|_| self.closed(OPERATION).at(from))?;
-        served.await.unwrap_or_else(|_| Err(self.closed(OPERATION).at(from)))?;
+        served
+            .await
+            .unwrap_or_else(|_| Err(self.closed(OPERATION).at(from)))?;
         if !is_replies {
             return Ok(inbox);
         }
         let last = AtomicU64::new(0);
         Ok(inbox.with_leases(Leases::new(move || {
-            ReplyLease::new(REPLY_TO, lease_key(id, last.fetch_add(1, Ordering::Relaxed)))
+            ReplyLease::new(
+                REPLY_TO,
+                lease_key(id, last.fetch_add(1, Ordering::Relaxed)),
+            )
         })))
     }
 
