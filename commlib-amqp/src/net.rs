@@ -59,7 +59,12 @@ impl Drop for Hangup {
 /// Opens a connection; names are resolved anew. Cancel safe: a cancelled attempt leaves nothing behind.
 pub(crate) async fn open(config: &AmqpConfig) -> Result<Wire, Failure> {
     let failure = |error: &lapin::Error| Failure {
-        cause: text(error),
+        cause: if config.external_auth {
+            // A broker that does not know the mechanism just hangs up.
+            format!("{}; does the broker accept `auth=external`?", text(error))
+        } else {
+            text(error)
+        },
         fatal: refusal(config, error),
     };
     let runtime = lapin::runtime::default_runtime().map_err(|e| failure(&e))?;
