@@ -106,7 +106,7 @@ pub(crate) async fn gap(inbox: &mut Inbox) -> Gap {
 /// Waits for a state of the link.
 pub(crate) async fn until(
     link: &(impl Transport + ?Sized),
-    wanted: impl Fn(&LinkState) -> bool,
+    wanted: impl Fn(&LinkState) -> bool + Send + Sync,
 ) -> LinkState {
     let mut watch = link.link().watch();
     let state = soon(watch.wait_for(|state| wanted(state))).await;
