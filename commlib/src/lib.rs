@@ -50,11 +50,19 @@
 //! |---|---|---|
 //! | `memory:NAME` | always there | all who connect to `NAME` within one process |
 //! | `mqtt://[user:password@]host[:1883]` | `mqtt` | MQTT 3.1.1 |
+//! | `amqp://[user:password@]host[:5672]/[vhost]` | `amqp` | AMQP 0-9-1, RabbitMQ |
 //!
-//! `mqtts://` (TLS) is known and not there yet: it gives [`ErrorKind::Unsupported`].
+//! `mqtts://` and `amqps://` (TLS) are known and not there yet: they give [`ErrorKind::Unsupported`].
 
 #[doc(inline)]
 pub use commlib_core::*;
+
+/// The AMQP transport.
+#[cfg(feature = "amqp")]
+pub mod amqp {
+    #[doc(inline)]
+    pub use commlib_amqp::*;
+}
 
 /// The MQTT transport.
 #[cfg(feature = "mqtt")]
@@ -79,13 +87,17 @@ pub async fn connect(url: &str) -> Result<Connection> {
         "mqtt" | "mqtts" => mqtt::MqttConfig::from_url(url)?.connect().await,
         #[cfg(not(feature = "mqtt"))]
         "mqtt" | "mqtts" => Err(feature_off(&scheme, "mqtt")),
+        #[cfg(feature = "amqp")]
+        "amqp" | "amqps" => amqp::AmqpConfig::from_url(url)?.connect().await,
+        #[cfg(not(feature = "amqp"))]
+        "amqp" | "amqps" => Err(feature_off(&scheme, "amqp")),
         _ => Err(Error::new(ErrorKind::Config, "broker URL scheme")
             .at(scheme)
-            .because("it is unknown; known are memory, mqtt, mqtts")),
+            .because("it is unknown; known are memory, mqtt, mqtts, amqp, amqps")),
     }
 }
 
-#[cfg(not(feature = "mqtt"))]
+#[cfg(not(all(feature = "mqtt", feature = "amqp")))]
 fn feature_off(scheme: &str, feature: &str) -> Error {
     Error::new(ErrorKind::Config, "broker URL scheme")
         .at(scheme)

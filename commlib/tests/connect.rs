@@ -15,7 +15,7 @@ async fn an_unknown_scheme_lists_the_known() {
     assert_eq!(error.kind(), ErrorKind::Config);
     assert_eq!(
         error.to_string(),
-        "broker URL scheme `ftp`: it is unknown; known are memory, mqtt, mqtts"
+        "broker URL scheme `ftp`: it is unknown; known are memory, mqtt, mqtts, amqp, amqps"
     );
 }
 
@@ -25,6 +25,24 @@ async fn a_scheme_whose_feature_is_off_names_the_feature() {
     let error = commlib::connect("mqtt://localhost").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config);
     assert!(error.to_string().contains("feature `mqtt`"), "{error}");
+}
+
+#[cfg(not(feature = "amqp"))]
+#[tokio::test]
+async fn each_broker_has_its_feature() {
+    let error = commlib::connect("amqp://localhost").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert!(error.to_string().contains("feature `amqp`"), "{error}");
+}
+
+#[cfg(feature = "amqp")]
+#[tokio::test]
+async fn amqp_options_are_checked_before_any_socket_opens() {
+    let error = commlib::connect("amqp://localhost:1?heart_beat=1s")
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert!(error.to_string().contains("heart_beat"), "{error}");
 }
 
 #[cfg(feature = "mqtt")]
