@@ -209,6 +209,12 @@ pub async fn a_repeated_request_runs_once(fixture: &dyn Fixture) {
             .await;
     }
     assert_eq!(gate.running().await, "once");
+    // One that runs behind the repeated one shows that the service has seen that, while the first is still running.
+    let behind = caller.lease(Dialect::Envelope);
+    caller
+        .request(&service, &behind, numbered(&sender, 2), &json!("behind"))
+        .await;
+    assert_eq!(gate.running().await, "behind");
     gate.let_go(10);
     assert_eq!(&caller.reply(&call).await.data[..], b"\"once\"");
     caller
