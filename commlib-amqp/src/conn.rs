@@ -192,13 +192,12 @@ impl Conn {
     /// Does something while there is no link, and what handles ask meanwhile. `None` ends the task.
     async fn while_down<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = pin!(work);
+        let deadline = self.first.as_ref().map(|(_, deadline)| *deadline);
         loop {
-            let closing = self.closing.as_ref().map(|(_, deadline)| *deadline);
-            let first = self.first.as_ref().map(|(_, deadline)| *deadline);
-            if closing.is_some() && self.outbox.lock().await.len() == 0 {
+            if self.closing.is_some() {
+                // Whoever closes does not wait for a link.
                 return None;
             }
-            let deadline = closing.or(first);
             tokio::select! {
                 biased;
                 done = &mut work => return Some(done),
@@ -229,10 +228,7 @@ impl Conn {
         }
         Err(Error::new(ErrorKind::Timeout, "close of")
             .at(self.config.shown_url())
-            .because(format_args!(
-                "{left} messages were not confirmed within {:?}",
-                self.config.close_timeout
-            )))
+            .because(format_args!("{left} messages were not confirmed")))
     }
 
     /// Takes a request of a handle; gives back what a session has to do about it.
