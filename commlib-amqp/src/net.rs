@@ -176,9 +176,15 @@ pub(crate) fn text(error: &lapin::Error) -> String {
     }
 }
 
-/// Whether the broker closed a channel over what was asked of it; else the whole connection is gone.
+/// Whether the broker closed a channel over what was asked of it.
 pub(crate) fn is_exception(error: &lapin::Error) -> bool {
     error.is_amqp_soft_error()
+}
+
+/// Whether more than a channel is gone. The connection's own state may not say so yet.
+pub(crate) fn ends_connection(error: &lapin::Error) -> bool {
+    use lapin::ErrorKind::{InvalidChannel, InvalidChannelState};
+    !is_exception(error) && !matches!(error.kind(), InvalidChannel(_) | InvalidChannelState(..))
 }
 
 /// Whether the broker does not know what was named.

@@ -356,7 +356,7 @@ async fn publish(context: Context, what: &'static str, mut queue: mpsc::Receiver
 }
 
 /// Requests and the replies to them. RabbitMQ wants both on one channel.
-async fn call(context: Context, routes: Routes, queue: mpsc::UnboundedReceiver<Outgoing>) {
+async fn call(mut context: Context, routes: Routes, queue: mpsc::UnboundedReceiver<Outgoing>) {
     let mut kept = Kept::new(queue);
     let mut backoff = context.backoff();
     loop {
@@ -382,8 +382,9 @@ async fn call(context: Context, routes: Routes, queue: mpsc::UnboundedReceiver<O
             }
         };
         let Err(error) = exchanged.await else { return };
-        if !context.is_up() {
-            return;
+        if !context.is_up() || net::ends_connection(&error) {
+            // Nobody is told before the state of the link says so: this task is ended then, or by closing.
+            return context.closing().await;
         }
         // The address that the replies go to is gone with the channel.
         kept.fail(|| net::refused("request to", "a service", &error));
