@@ -1,9 +1,10 @@
 //! Starts the brokers that a whole test run shares.
 
+use std::io;
 use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
-use commlib_testkit::{MQTT_URL, Mosquitto, given_mqtt_url};
+use commlib_testkit::{AMQP_URL, MQTT_URL, Mosquitto, RabbitMq, given_amqp_url, given_mqtt_url};
 
 /// Brokers for tests of commlib.
 #[derive(Debug, Parser)]
@@ -15,7 +16,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// Runs a command with brokers around it: their URLs are in COMMLIB_TEST_MQTT_URL.
+    /// Runs a command with brokers around it: their URLs are in COMMLIB_TEST_MQTT_URL and COMMLIB_TEST_AMQP_URL.
     Run {
         /// The command and its arguments.
         #[arg(trailing_var_arg = true, required = true, value_name = "COMMAND")]
@@ -35,28 +36,17 @@ async fn run(command: &[String]) -> ExitCode {
     };
     let mut child = Command::new(program);
     child.args(arguments);
-    let mut broker = None;
-    if let Some(url) = given_mqtt_url() {
-        eprintln!(
-            "commlib-testkit: tests use the MQTT broker that {MQTT_URL} names ({})",
-            without_login(&url)
-        );
-    } else if Mosquitto::available() {
-        match Mosquitto::builder().try_start().await {
-            Ok(started) => {
-                child.env(MQTT_URL, broker.insert(started).url());
-            }
-            Err(error) => {
-                eprintln!("error: {error}");
-                return ExitCode::FAILURE;
-            }
+    let brokers = match Brokers::start().await {
+        Ok(brokers) => brokers,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
         }
-    }
-    // The broker dies with this process; Ctrl-C reaches all three by itself.
+    };
+    child.envs(brokers.urls());
+    // The brokers die with this process; Ctrl-C reaches all of them by itself.
     let status = tokio::task::spawn_blocking(move || child.status()).await;
-    if let Some(broker) = &broker {
-        broker.stop().await;
-    }
+    brokers.stop().await;
     match status {
         Ok(Ok(status)) => exit_code(status),
         Ok(Err(error)) => {
@@ -68,6 +58,54 @@ async fn run(command: &[String]) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The brokers that were started here: those that are installed, and not given by the environment.
+struct Brokers {
+    mosquitto: Option<Mosquitto>,
+    rabbitmq: Option<RabbitMq>,
+}
+
+impl Brokers {
+    async fn start() -> io::Result<Self> {
+        let mut this = Self {
+            mosquitto: None,
+            rabbitmq: None,
+        };
+        if !given(MQTT_URL, given_mqtt_url()) && Mosquitto::available() {
+            this.mosquitto = Some(Mosquitto::builder().try_start().await?);
+        }
+        if !given(AMQP_URL, given_amqp_url()) && RabbitMq::available() {
+            this.rabbitmq = Some(RabbitMq::try_start().await?);
+        }
+        Ok(this)
+    }
+
+    fn urls(&self) -> Vec<(&'static str, String)> {
+        let mqtt = self.mosquitto.as_ref().map(|b| (MQTT_URL, b.url()));
+        let amqp = self.rabbitmq.as_ref().map(|b| (AMQP_URL, b.url()));
+        mqtt.into_iter().chain(amqp).collect()
+    }
+
+    async fn stop(&self) {
+        if let Some(broker) = &self.mosquitto {
+            broker.stop().await;
+        }
+        if let Some(broker) = &self.rabbitmq {
+            broker.stop().await;
+        }
+    }
+}
+
+/// Whether the environment names a broker; then says which.
+fn given(variable: &str, url: Option<String>) -> bool {
+    if let Some(url) = &url {
+        eprintln!(
+            "commlib-testkit: tests use the broker that {variable} names ({})",
+            without_login(url)
+        );
+    }
+    url.is_some()
 }
 
 /// The command's own exit code; as shells do, 128 and the number of the signal that ended it.
