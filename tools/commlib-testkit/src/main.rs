@@ -72,10 +72,10 @@ impl Brokers {
             mosquitto: None,
             rabbitmq: None,
         };
-        if !given(MQTT_URL, given_mqtt_url()) && Mosquitto::available() {
+        if !given(MQTT_URL, given_mqtt_url().as_deref()) && Mosquitto::available() {
             this.mosquitto = Some(Mosquitto::builder().try_start().await?);
         }
-        if !given(AMQP_URL, given_amqp_url()) && RabbitMq::available() {
+        if !given(AMQP_URL, given_amqp_url().as_deref()) && RabbitMq::available() {
             this.rabbitmq = Some(RabbitMq::try_start().await?);
         }
         Ok(this)
@@ -98,8 +98,8 @@ impl Brokers {
 }
 
 /// Whether the environment names a broker; then says which.
-fn given(variable: &str, url: Option<String>) -> bool {
-    if let Some(url) = &url {
+fn given(variable: &str, url: Option<&str>) -> bool {
+    if let Some(url) = url {
         eprintln!(
             "commlib-testkit: tests use the broker that {variable} names ({})",
             without_login(url)
