@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// A broker's URL, taken apart: `scheme://[user[:password]@]host[:port][/path][?option=value&…]`.
 ///
-/// User, password, path and options are percent-decoded. A transport takes the options it knows and calls
+/// User, password, host and options are percent-decoded, the path is not. A transport takes the options it knows and calls
 /// [`finish`](Self::finish), which refuses the rest. `Debug` and `Display` show neither user nor password nor options.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]

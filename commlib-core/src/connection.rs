@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -191,6 +192,10 @@ impl fmt::Debug for Connection {
 }
 
 /// 128 random bits in hexadecimal.
+///
+/// They come from the operating system: `fastrand` is seeded by the clock, and robots that boot together without a
+/// clock of their own must not take each other's replies.
 pub(crate) fn random_id() -> String {
-    format!("{:032x}", fastrand::u128(..))
+    let half = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:016x}", half(), half())
 }

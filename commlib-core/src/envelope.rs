@@ -306,15 +306,14 @@ pub(crate) fn parse_header(text: &str) -> Result<Header> {
     let fields: BTreeMap<std::borrow::Cow<'_, str>, &RawValue> =
         codec::decode_borrowed(text.as_bytes()).map_err(|e| wrong(&reason(&e)))?;
     let mut header = Header::default();
+    let mut timestamp = None;
     let mut reply_address = None;
     let mut has_correlation_id = false;
     for (key, raw) in fields {
         let field = |what: &str| wrong(&format_args!("`{key}` is not {what}"));
         let null = raw.get() == "null";
         match &*key {
-            "timestamp" => {
-                header.timestamp = parse_timestamp(raw).map_err(|()| field("a number"))?
-            }
+            "timestamp" => timestamp = parse_timestamp(raw).map_err(|()| field("a number"))?,
             "reply_to" => reply_address = text_or_null(raw).map_err(|()| field("a string"))?,
             "correlation_id" => {
                 has_correlation_id = true;
@@ -358,6 +357,11 @@ pub(crate) fn parse_header(text: &str) -> Result<Header> {
     } else {
         Dialect::CommlibPy011
     };
+    // Ours are always nanoseconds, also where a clock without a battery stands near 1970.
+    header.timestamp = match form {
+        Dialect::Envelope => timestamp,
+        _ => timestamp.and_then(nanoseconds),
+    };
     // An empty address is how commlib-py writes "none".
     header.reply_to = reply_address
         .filter(|address| !address.is_empty())
@@ -392,25 +396,27 @@ fn property((key, value): (String, Value)) -> Option<(String, String)> {
     (!default).then_some((key, text))
 }
 
-/// Nanoseconds since 1970 from a number or digits of any unit that commlib-py ever used.
-///
-/// The unit shows in the magnitude: 13 digits are milliseconds, 16 microseconds, 19 nanoseconds.
-/// Zero and less stand for "unknown".
+/// A number or digits. What is not positive or beyond all time stands for "unknown".
 fn parse_timestamp(raw: &RawValue) -> Result<Option<u64>, ()> {
-    let number: i128 = match parse(raw)? {
+    let text = match parse(raw)? {
         Value::Null => return Ok(None),
-        Value::String(text) if digits(&text) => text.parse().map_err(drop)?,
-        Value::Number(number) => number.to_string().parse().map_err(drop)?,
+        Value::String(text) if digits(&text) => text,
+        Value::Number(number) if !number.is_f64() => number.to_string(),
         _ => return Err(()),
     };
-    let scale = match number {
-        ..=0 => return Ok(None),
-        1..100_000_000_000 => 1_000_000_000,
+    Ok(text.parse().ok().filter(|number| *number > 0))
+}
+
+/// Nanoseconds since 1970 from a timestamp in any unit that commlib-py ever used.
+///
+/// The unit shows in the magnitude: 13 digits are milliseconds, 16 microseconds, 19 nanoseconds.
+fn nanoseconds(timestamp: u64) -> Option<u64> {
+    timestamp.checked_mul(match timestamp {
+        0..100_000_000_000 => 1_000_000_000,
         100_000_000_000..100_000_000_000_000 => 1_000_000,
         100_000_000_000_000..100_000_000_000_000_000 => 1_000,
         _ => 1,
-    };
-    Ok(u64::try_from(number.saturating_mul(scale)).ok())
+    })
 }
 
 /// The innermost sentence of a decoding error, without "decode message:".
@@ -573,5 +579,23 @@ mod tests {
             let bytes = encode(&message, Use::Rpc, Dialect::Envelope).unwrap();
             prop_assert_eq!(decode(&bytes, Use::Rpc, Dialect::Envelope).unwrap(), message);
         }
+    }
+
+    #[test]
+    fn our_own_clock_may_stand_near_1970() {
+        let mut message = ours_with("1");
+        message.header.timestamp = Some(100_000_000_000);
+        let bytes = encode(&message, Use::Topic, Dialect::Envelope).unwrap();
+        let back = decode(&bytes, Use::Topic, Dialect::Envelope).unwrap();
+        assert_eq!(back.header.timestamp, message.header.timestamp);
+    }
+
+    #[test]
+    fn a_timestamp_beyond_all_time_is_unknown() {
+        let text = format!(
+            r#"{{"header":{{"timestamp":"{}"}},"data":1}}"#,
+            "9".repeat(60)
+        );
+        assert_eq!(topic(&text).unwrap().header.timestamp, None);
     }
 }

@@ -192,6 +192,11 @@ impl Inbox {
         self.leases.clone()
     }
 
+    /// Ends the listening. What has arrived can still be taken.
+    pub(crate) fn stop(&mut self) {
+        self.stop = None;
+    }
+
     /// The next arrival or notice; `None` once the connection is closed and everything was taken. Cancel safe.
     pub async fn recv(&mut self) -> Option<Incoming> {
         poll_fn(|context| self.poll_recv(context)).await
@@ -233,7 +238,7 @@ impl Stream for Inbox {
 impl Drop for Inbox {
     fn drop(&mut self) {
         // First, so that a transport can tell what nobody ever saw from what a user dropped.
-        self.stop = None;
+        self.stop();
         let items = {
             let mut queue = self.shared.lock();
             queue.receiver_gone = true;
@@ -339,7 +344,10 @@ impl Queue {
         if let (Incoming::Gap(new), Some(Incoming::Gap(last))) = (&item, self.items.back_mut())
             && new.cause == last.cause
         {
-            last.missed = last.missed.zip(new.missed).map(|(a, b)| a + b);
+            last.missed = last
+                .missed
+                .zip(new.missed)
+                .map(|(a, b)| a.saturating_add(b));
             return;
         }
         self.bytes += size(&item);
@@ -352,23 +360,24 @@ impl Queue {
         Some(item)
     }
 
-    /// Takes out the oldest items, all but the newest if need be, and puts one gap in their place.
+    /// Takes out the oldest items, all but the newest if need be, and puts one gap in the place of any.
     fn make_room(&mut self, max_len: usize, max_bytes: usize) -> Vec<Incoming> {
         let mut evicted = Vec::new();
-        let mut missed = 0;
+        let mut missed = Some(0_u64);
         while self.items.len() > 1 && (self.items.len() >= max_len.max(2) || self.bytes > max_bytes)
         {
             let Some(item) = self.pop() else { break };
-            match &item {
-                Incoming::Gap(gap) => missed += gap.missed.unwrap_or(0),
-                Incoming::Message(_) | Incoming::Malformed(_) => missed += 1,
-            }
+            let more = match &item {
+                Incoming::Gap(gap) => gap.missed,
+                Incoming::Message(_) | Incoming::Malformed(_) => Some(1),
+            };
+            missed = missed.zip(more).map(|(a, b)| a.saturating_add(b));
             evicted.push(item);
         }
-        self.items.push_front(Incoming::Gap(Gap::new(
-            GapCause::SlowConsumer,
-            Some(missed),
-        )));
+        if !evicted.is_empty() {
+            let gap = Gap::new(GapCause::SlowConsumer, missed);
+            self.items.push_front(Incoming::Gap(gap));
+        }
         evicted
     }
 }
@@ -393,5 +402,40 @@ impl fmt::Debug for InboxSender {
         f.debug_struct("InboxSender")
             .field("waiting", &self.shared.lock().items.len())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arrival(data: &'static str) -> Arrival {
+        Arrival::new(Name::from_foreign(["t"]), Message::new(data))
+    }
+
+    #[test]
+    fn one_message_beyond_the_limit_of_bytes_is_no_gap() {
+        let (sender, mut inbox) = Inbox::new(&ListenOptions::default().max_bytes(1));
+        sender.deliver(arrival("22"));
+        assert!(matches!(inbox.try_recv(), Some(Incoming::Message(_))));
+        sender.deliver(arrival("22"));
+        sender.deliver(arrival("22"));
+        let Some(Incoming::Gap(gap)) = inbox.try_recv() else {
+            panic!("expected a gap");
+        };
+        assert_eq!(gap, Gap::new(GapCause::SlowConsumer, Some(1)));
+    }
+
+    #[test]
+    fn a_gap_of_unknown_size_stays_one_when_it_makes_room() {
+        let (sender, mut inbox) = Inbox::new(&ListenOptions::default().prefetch(2));
+        sender.gap(Gap::new(GapCause::LinkLost, None));
+        for _ in 0..3 {
+            sender.deliver(arrival("1"));
+        }
+        let Some(Incoming::Gap(gap)) = inbox.try_recv() else {
+            panic!("expected a gap");
+        };
+        assert_eq!(gap, Gap::new(GapCause::SlowConsumer, None));
     }
 }

@@ -101,7 +101,7 @@ impl Node {
     /// # Errors
     /// [`ErrorKind::Timeout`] that says what did not end in time; otherwise as [`Connection::close`].
     pub async fn shutdown(self, limit: Duration) -> Result<()> {
-        let deadline = Instant::now() + limit;
+        let started = Instant::now();
         let late = |why: String| {
             Err(Error::new(ErrorKind::Timeout, "shutdown of node")
                 .at(&self.name)
@@ -112,7 +112,8 @@ impl Node {
         self.scope.tasks().stop();
         let idle = self.scope.tasks().idle(limit - reserve).await;
         self.scope.tasks().abort();
-        let closed = tokio::time::timeout_at(deadline, self.connection().close()).await;
+        let left = limit.saturating_sub(started.elapsed());
+        let closed = tokio::time::timeout(left, self.connection().close()).await;
         match (idle, closed) {
             (Err(running), _) => late(format!(
                 "handlers of {running} endpoints still ran after {limit:?} and were dropped"

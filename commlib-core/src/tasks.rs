@@ -98,8 +98,8 @@ impl Tasks {
             let _running = running;
             tokio::select! {
                 () = future => {}
-                // The group is gone without an abort: the task lives on, as a detached one should.
-                _ = aborted.wait_for(|phase| *phase == Phase::Aborted) => {}
+                // If the group is gone without an abort the task lives on: handlers that run finish.
+                Ok(_) = aborted.wait_for(|phase| *phase == Phase::Aborted) => {}
             }
         });
         Handle {
@@ -140,7 +140,7 @@ impl Tasks {
 }
 
 /// Tells a task that it should end: by its handle, or by its group.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Stop {
     group: watch::Receiver<Phase>,
     own: watch::Receiver<bool>,

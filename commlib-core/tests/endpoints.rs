@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use commlib_core::{
     Arrival, Connection, Delivery, ErrorKind, Gap, GapCause, ListenOptions, Malformed,
-    MemoryConfig, MessageHandler, Node, PubSub, Received, Rpc, RpcClientOptions, RpcContext,
-    RpcError, RpcHandler, RpcServiceOptions, SendOptions, Source, SubscriberOptions, Target, Value,
-    json,
+    MemoryConfig, MessageHandler, Node, PubSub, PublisherOptions, Received, Rpc, RpcClientOptions,
+    RpcContext, RpcError, RpcHandler, RpcServiceOptions, SendOptions, Source, SubscriberOptions,
+    Target, Value, json,
 };
-use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, mpsc};
 
@@ -597,4 +598,359 @@ async fn dropping_the_last_handle_ends_the_link() {
         }
     })
     .await;
+}
+
+/// A handler that says when it starts, waits to be let go, and says when it has ended.
+fn gated(
+    gate: Arc<Notify>,
+) -> (
+    impl Fn() -> BoxFuture<'static, ()>,
+    mpsc::UnboundedReceiver<&'static str>,
+) {
+    let (sender, seen) = mpsc::unbounded_channel();
+    let run = move || {
+        let (gate, sender) = (gate.clone(), sender.clone());
+        async move {
+            sender.send("started").unwrap();
+            gate.notified().await;
+            sender.send("ended").unwrap();
+        }
+        .boxed()
+    };
+    (run, seen)
+}
+
+#[tokio::test]
+async fn stopping_waits_for_handlers_even_if_the_subscriber_was_the_last_to_hold_the_connection() {
+    let connection = memory("last-holder").await;
+    let gate = Arc::new(Notify::new());
+    let (run, mut seen) = gated(gate.clone());
+    let handle = connection
+        .subscriber::<i64>("n")
+        .await
+        .unwrap()
+        .on_message(move |_: Received<i64>| run());
+    connection
+        .publisher::<i64>("n")
+        .unwrap()
+        .publish(&1)
+        .await
+        .unwrap();
+    assert_eq!(within(seen.recv()).await, Some("started"));
+    drop(connection);
+    let stop = tokio::spawn(handle.stop());
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(!stop.is_finished());
+    gate.notify_one();
+    within(stop).await.unwrap();
+    assert_eq!(seen.recv().await, Some("ended"));
+}
+
+#[tokio::test]
+async fn a_stopped_server_takes_no_calls_while_a_handler_runs_on() {
+    let connection = memory("server-stop").await;
+    let gate = Arc::new(Notify::new());
+    let (run, mut seen) = gated(gate.clone());
+    let server = connection
+        .rpc_server("s")
+        .unwrap()
+        .method("slow", move |_: i64| {
+            let run = run();
+            async move {
+                run.await;
+                Ok(1)
+            }
+        })
+        .method("quick", |_: i64| async move { Ok(2) })
+        .start()
+        .await
+        .unwrap();
+    let slow = connection.rpc_client::<i64, i64>("s.slow").unwrap();
+    let slow = tokio::spawn(async move { slow.call(&0).await });
+    assert_eq!(within(seen.recv()).await, Some("started"));
+    let stop = tokio::spawn(server.stop());
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let quick = connection.rpc_client::<i64, i64>("s.quick").unwrap();
+    let refused = within(quick.call(&0)).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NoService);
+    gate.notify_one();
+    assert_eq!(within(slow).await.unwrap().unwrap(), 1);
+    within(stop).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_of_a_node_ends_with_its_connection() {
+    let node = Node::builder("n")
+        .start(memory("server-end").await)
+        .await
+        .unwrap();
+    let server = node.rpc_server("s").unwrap();
+    let server = server.method("a", |q: i64| async move { Ok(q) });
+    let server = server.start().await.unwrap();
+    node.connection().close().await.unwrap();
+    within(async {
+        while !server.is_finished() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_handler_takes_over_where_the_stream_stopped() {
+    let connection = memory("take-over").await;
+    let options = SubscriberOptions::default()
+        .delivery(Delivery::AtLeastOnce)
+        .prefetch(1);
+    let mut subscriber = connection
+        .subscriber_with::<i64>("n", options)
+        .await
+        .unwrap();
+    let publisher = connection.publisher::<i64>("n").unwrap();
+    publisher.publish(&1).await.unwrap();
+    publisher.publish(&2).await.unwrap();
+    assert_eq!(subscriber.recv().await.unwrap().unwrap().data, 1);
+    let (sender, mut seen) = mpsc::unbounded_channel();
+    let _handle = subscriber.on_message(move |message: Received<i64>| {
+        let sent = sender.send(message.data);
+        async move { sent.map_err(|e| e.to_string()) }
+    });
+    assert_eq!(within(seen.recv()).await, Some(2));
+}
+
+#[tokio::test]
+async fn a_gap_is_told_whatever_takes_the_next_message() {
+    let name = "endpoints-gap-told";
+    let connection = MemoryConfig::new(name).connect().await.unwrap();
+    let broker = commlib_core::MemoryBroker::named(name, connection.link().capabilities());
+    let mut numbers = connection.subscriber::<i64>("n").await.unwrap();
+    broker.stop();
+    broker.start(true);
+    let waiting = tokio::time::timeout(Duration::from_millis(5), numbers.recv());
+    assert!(waiting.await.is_err());
+    let Some(commlib_core::Incoming::Gap(gap)) = within(numbers.recv_incoming()).await else {
+        panic!("expected a gap");
+    };
+    assert_eq!(gap.cause, GapCause::LinkLost);
+}
+
+#[tokio::test]
+async fn a_handler_survives_its_own_panic_over_a_notice() {
+    struct Touchy(mpsc::UnboundedSender<i64>);
+    impl MessageHandler<i64> for Touchy {
+        async fn handle(&self, message: Received<i64>) -> Result<(), String> {
+            self.0.send(message.data).map_err(|e| e.to_string())
+        }
+        fn on_malformed(&self, _: Malformed) {
+            panic!("did not expect that");
+        }
+    }
+    let connection = memory("touchy").await;
+    let (sender, mut seen) = mpsc::unbounded_channel();
+    let subscriber = connection.subscriber::<i64>("n").await.unwrap();
+    let _handle = subscriber.on_message(Touchy(sender));
+    let publisher = connection.publisher::<Value>("n").unwrap();
+    publisher.publish(&json!("x")).await.unwrap();
+    publisher.publish(&json!(1)).await.unwrap();
+    assert_eq!(within(seen.recv()).await, Some(1));
+}
+
+#[tokio::test]
+async fn the_longest_durations_and_limits_do_not_overflow() {
+    let connection = memory("longest").await;
+    let options = RpcServiceOptions::default()
+        .concurrency(usize::MAX)
+        .queue_limit(usize::MAX);
+    let node = Node::builder("n").start(connection.clone()).await.unwrap();
+    node.rpc_service_with("echo", options, |q: i64| async move { Ok(q) })
+        .await
+        .unwrap()
+        .detach();
+    let echo = connection.rpc_client::<i64, i64>("echo").unwrap();
+    assert_eq!(echo.call_within(&1, Duration::MAX).await.unwrap(), 1);
+    let target = Target::Topic("n".parse().unwrap());
+    let options = SendOptions::default()
+        .delivery(Delivery::AtLeastOnce)
+        .timeout(Duration::MAX);
+    let message = commlib_core::Message::new("1");
+    let sent = connection.transport().send(&target, message, options);
+    sent.await.unwrap().await.unwrap();
+    node.shutdown(Duration::MAX).await.unwrap();
+}
+
+#[tokio::test]
+async fn absurd_counts_of_foreign_senders_do_no_harm() {
+    let connection = memory("absurd").await;
+    let mut numbers = connection.subscriber::<i64>("n").await.unwrap();
+    let topic = Target::Topic("n".parse().unwrap());
+    // Two gaps with nothing readable between them.
+    for seq in [5, u64::MAX] {
+        for sender in ["c", "d"] {
+            let mut message = commlib_core::Message::new("\"x\"");
+            message.header.sender = Some(sender.into());
+            message.header.seq = Some(seq);
+            let sent = connection
+                .transport()
+                .send(&topic, message, SendOptions::default());
+            drop(sent.await.unwrap());
+        }
+    }
+    for _ in 0..4 {
+        assert!(numbers.recv().await.unwrap().is_err());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_at_least_once_publish_waits_for_the_broker_without_spinning() {
+    let name = "endpoints-wait-up";
+    let connection = MemoryConfig::new(name).connect().await.unwrap();
+    let broker = commlib_core::MemoryBroker::named(name, connection.link().capabilities());
+    broker.stop();
+    let mut watch = connection.link().watch();
+    within(watch.wait_for(|state| !state.is_connected()))
+        .await
+        .unwrap();
+    let target = Target::Topic("n".parse().unwrap());
+    let options = SendOptions::default().delivery(Delivery::AtLeastOnce);
+    let message = commlib_core::Message::new("1");
+    let limited = options.clone().timeout(Duration::from_secs(5));
+    let sent = connection
+        .transport()
+        .send(&target, message.clone(), limited);
+    // The limit on polls stands for a time limit, which a future that is always ready again would never see.
+    let mut sent = std::pin::pin!(sent);
+    let mut polls = 0;
+    let error = std::future::poll_fn(|context| {
+        polls += 1;
+        assert!(polls < 50, "it spins");
+        sent.as_mut().poll(context)
+    })
+    .await
+    .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    let sent = connection.transport().send(&target, message, options);
+    let (sent, ()) = tokio::join!(sent, async {
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        broker.start(true);
+    });
+    sent.unwrap().await.unwrap();
+}
+
+#[tokio::test]
+async fn closing_ends_a_publish_that_waits_for_room() {
+    let connection = memory("room").await;
+    let options = SubscriberOptions::default()
+        .delivery(Delivery::AtLeastOnce)
+        .prefetch(1);
+    let _nobody_reads = memory("room")
+        .await
+        .subscriber_with::<i64>("n", options)
+        .await
+        .unwrap();
+    let options = PublisherOptions::default().delivery(Delivery::AtLeastOnce);
+    let publisher = connection.publisher_with::<i64>("n", options).unwrap();
+    let filling = async {
+        loop {
+            if let Err(error) = publisher.publish(&1).await {
+                return error;
+            }
+        }
+    };
+    let closing = async {
+        // By then the other has filled the subscription and waits.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        connection.close().await.unwrap();
+    };
+    let (error, ()) = within(async { tokio::join!(filling, closing) }).await;
+    assert_eq!(error.kind(), ErrorKind::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_was_never_sent_was_never_executed() {
+    #[derive(Debug)]
+    struct Offline(commlib_core::Link);
+    #[async_trait::async_trait]
+    impl commlib_core::Transport for Offline {
+        fn link(&self) -> &commlib_core::Link {
+            &self.0
+        }
+        async fn send(
+            &self,
+            _: &Target,
+            _: commlib_core::Message,
+            _: SendOptions,
+        ) -> commlib_core::Result<commlib_core::Receipt> {
+            unreachable!("nothing can be sent")
+        }
+        async fn listen(
+            &self,
+            _: &Source,
+            _: ListenOptions,
+        ) -> commlib_core::Result<commlib_core::Inbox> {
+            std::future::pending().await
+        }
+        async fn close(&self) -> commlib_core::Result<()> {
+            Ok(())
+        }
+    }
+    let (link, _state) = commlib_core::Link::new("none:", commlib_core::Capabilities::default());
+    let connection = Connection::new(Offline(link));
+    let client = connection.rpc_client::<i64, i64>("s").unwrap();
+    let error = client.call(&1).await.unwrap_err();
+    assert!(error.is_timeout() && !error.maybe_executed(), "{error:?}");
+}
+
+/// Requests that come while a service stops are answered or refused, never left to time out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_call_is_left_without_an_answer_when_a_service_stops() {
+    let connection = memory("stop-race").await;
+    for _ in 0..200 {
+        let service = connection
+            .rpc_service("echo", |q: i64| async move { Ok(q) })
+            .await
+            .unwrap();
+        let client = connection.rpc_client::<i64, i64>("echo").unwrap();
+        let calls = tokio::spawn(async move {
+            loop {
+                match client.call_within(&1, Duration::from_secs(2)).await {
+                    Ok(_) => {}
+                    Err(error) => return error,
+                }
+            }
+        });
+        tokio::time::sleep(Duration::from_micros(200)).await;
+        service.stop().await;
+        let error = within(calls).await.unwrap();
+        assert!(!error.is_timeout(), "{error}");
+    }
+}
+
+#[test]
+fn what_users_hold_may_be_kept_shared_and_printed() {
+    fn held<T: std::fmt::Debug + Send + Sync + 'static>() {}
+    fn cloned<T: Clone>() {}
+    held::<Connection>();
+    held::<Node>();
+    held::<commlib_core::Publisher<std::cell::Cell<i64>>>();
+    held::<commlib_core::MultiPublisher<std::cell::Cell<i64>>>();
+    held::<commlib_core::Subscriber<std::cell::Cell<i64>>>();
+    held::<Received<i64>>();
+    held::<commlib_core::RpcClient<std::cell::Cell<i64>, std::cell::Cell<i64>>>();
+    held::<commlib_core::RpcServer>();
+    held::<commlib_core::Handle>();
+    held::<commlib_core::Receipt>();
+    held::<commlib_core::Ack>();
+    held::<commlib_core::Inbox>();
+    held::<commlib_core::InboxSender>();
+    held::<commlib_core::Incoming>();
+    held::<commlib_core::Error>();
+    held::<commlib_core::Leases>();
+    held::<commlib_core::ReplyLease>();
+    held::<commlib_core::MemoryTransport>();
+    held::<commlib_core::MemoryBroker>();
+    held::<commlib_core::BrokerUrl>();
+    cloned::<Connection>();
+    cloned::<commlib_core::Publisher<std::cell::Cell<i64>>>();
+    cloned::<commlib_core::MultiPublisher<std::cell::Cell<i64>>>();
+    cloned::<commlib_core::RpcClient<std::cell::Cell<i64>, std::cell::Cell<i64>>>();
 }

@@ -183,19 +183,21 @@ impl Tables {
         message: Message,
         capabilities: &Capabilities,
     ) -> Result<(), Refusal> {
-        let queue = self.queues.entry(name.clone()).or_default();
-        queue.services.retain(|(_, inbox)| !inbox.is_gone());
-        if queue.services.is_empty() {
+        let served = self.queues.get_mut(name);
+        let Some(queue) = served.filter(|queue| !queue.services.is_empty()) else {
             return match capabilities.absent_service {
                 AbsentService::Refused => Err(Refusal::NoService),
                 AbsentService::Dropped => Ok(()),
-                AbsentService::Kept if queue.kept.len() >= MAX_KEPT_REQUESTS => Err(Refusal::Full),
                 AbsentService::Kept => {
-                    queue.kept.push(message);
+                    let kept = &mut self.queues.entry(name.clone()).or_default().kept;
+                    if kept.len() >= MAX_KEPT_REQUESTS {
+                        return Err(Refusal::Full);
+                    }
+                    kept.push(message);
                     Ok(())
                 }
             };
-        }
+        };
         match capabilities.queue {
             QueueKind::FanOut => {
                 for (_, inbox) in &queue.services {
@@ -348,5 +350,19 @@ impl fmt::Debug for MemoryBroker {
             .field("name", &self.name)
             .field("capabilities", &self.capabilities)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_for_nobody_leave_nothing_behind() {
+        let mut tables = Tables::default();
+        let name = Name::from_foreign(["nobody"]);
+        let refused = tables.request(&name, Message::default(), &Capabilities::default());
+        assert_eq!(refused, Err(Refusal::NoService));
+        assert!(tables.queues.is_empty());
     }
 }

@@ -83,3 +83,21 @@ impl MemoryConfig {
         Ok(Connection::new(MemoryTransport::new(broker)).with_dialect(self.dialect))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #[tokio::test]
+    async fn a_dropped_connection_leaves_no_task_behind() {
+        let broker = super::MemoryBroker::named("no-task-left", &Default::default());
+        let tasks = || {
+            tokio::runtime::Handle::current()
+                .metrics()
+                .num_alive_tasks()
+        };
+        let before = tasks();
+        drop(super::MemoryTransport::new(broker.clone()));
+        tokio::task::yield_now().await;
+        assert_eq!(tasks(), before);
+        drop(broker);
+    }
+}

@@ -3,11 +3,10 @@
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, timeout_at};
+use tokio::task::JoinSet;
 
 use super::broker::{MemoryBroker, Refusal};
 use crate::ack::AckReply;
@@ -21,9 +20,6 @@ use crate::receipt::Receipt;
 use crate::reply::{Leases, ReplyLease};
 use crate::transport::{Delivery, ListenOptions, SendOptions, Transport};
 
-/// How long an at-least-once message waits for room unless it says otherwise.
-const DEFAULT_WAIT: Duration = Duration::from_secs(30);
-
 /// A connection to a broker in this process.
 #[derive(Debug)]
 pub struct MemoryTransport {
@@ -33,6 +29,8 @@ pub struct MemoryTransport {
     id: String,
     /// What is listening, to be ended by `close`. Inboxes take themselves out when they are dropped.
     listening: Arc<Mutex<Vec<Weak<Listening>>>>,
+    /// Keeps `state` up to date; ends with the connection.
+    _follow: JoinSet<()>,
 }
 
 impl MemoryTransport {
@@ -41,14 +39,15 @@ impl MemoryTransport {
         let url = format!("memory:{}", broker.name());
         let (link, state) = Link::new(url, broker.capabilities().clone());
         let state = Arc::new(state);
-        state.send_replace(broker.state.borrow().clone());
-        follow(&broker, &state);
+        let mut follow = JoinSet::new();
+        follow.spawn(copy_states(&broker, state.clone()));
         Self {
             broker,
             link,
             state,
             id: format!("rpc-{}", random_id()),
             listening: Arc::default(),
+            _follow: follow,
         }
     }
 
@@ -67,31 +66,32 @@ impl MemoryTransport {
         if !self.link.capabilities().confirms {
             return Err(unsupported("at-least-once publish to", topic));
         }
-        let deadline = Instant::now() + options.timeout.unwrap_or(DEFAULT_WAIT);
-        let late = || {
-            Error::new(ErrorKind::Timeout, "publish to")
-                .at(topic)
-                .because("an at-least-once subscriber has no room, or the broker is down")
+        let taken = self.publish_until_taken(topic, message);
+        let Some(limit) = options.timeout else {
+            return taken.await;
         };
+        tokio::time::timeout(limit, taken)
+            .await
+            .unwrap_or_else(|_| {
+                Err(Error::new(ErrorKind::Timeout, "publish to")
+                    .at(topic)
+                    .because("an at-least-once subscriber has no room, or the broker is down"))
+            })
+    }
+
+    async fn publish_until_taken(&self, topic: &Name, message: &Message) -> Result<()> {
         loop {
             // Registered before the look, so that room made in between is not missed.
             let room = self.broker.room.notified();
-            let state = self.link.state();
-            if let LinkState::Closed { .. } = state {
-                return self.link.check_up("publish to", topic);
-            }
-            if state.is_connected() {
-                let outcome = self.broker.tables().publish(topic, message, true);
-                match outcome {
-                    Err(Refusal::Full) => timeout_at(deadline, room).await.map_err(|_| late())?,
-                    Ok(()) | Err(Refusal::NoService) => return Ok(()),
-                }
-            } else {
-                let mut watch = self.link.watch();
-                // The sender lives as long as `self`.
-                let _ = timeout_at(deadline, watch.changed())
-                    .await
-                    .map_err(|_| late())?;
+            // The sender lives as long as `self`.
+            let mut watch = self.link.watch();
+            let settled = |state: &LinkState| !matches!(state, LinkState::Reconnecting { .. });
+            let _ = watch.wait_for(settled).await;
+            self.link.check_up("publish to", topic)?;
+            let outcome = self.broker.tables().publish(topic, message, true);
+            match outcome {
+                Err(Refusal::Full) => room.await,
+                Ok(()) | Err(Refusal::NoService) => return Ok(()),
             }
         }
     }
@@ -180,6 +180,13 @@ impl MemoryTransport {
             .with_leases(leases)
     }
 
+    fn check_open(&self, from: &Source) -> Result<()> {
+        match self.link.state() {
+            LinkState::Closed { .. } => self.link.check_up("listen to", from),
+            _ => Ok(()),
+        }
+    }
+
     /// Ties the end of the inbox to its place at the broker, both ways.
     fn guard(&self, inbox: Inbox, sender: InboxSender, place: Place) -> Inbox {
         let listening = Arc::new(Listening {
@@ -222,14 +229,15 @@ impl Transport for MemoryTransport {
     }
 
     async fn listen(&self, from: &Source, options: ListenOptions) -> Result<Inbox> {
-        if let LinkState::Closed { .. } = self.link.state() {
-            self.link.check_up("listen to", from)?;
-        }
-        match from {
-            Source::Topic(pattern) => self.listen_topic(pattern, &options),
-            Source::Queue(service) => Ok(self.listen_queue(service, &options)),
-            Source::Replies => Ok(self.listen_replies(&options)),
-        }
+        self.check_open(from)?;
+        let inbox = match from {
+            Source::Topic(pattern) => self.listen_topic(pattern, &options)?,
+            Source::Queue(service) => self.listen_queue(service, &options),
+            Source::Replies => self.listen_replies(&options),
+        };
+        // A `close` at the same time may have missed it.
+        self.check_open(from)?;
+        Ok(inbox)
     }
 
     async fn close(&self) -> Result<()> {
@@ -245,6 +253,8 @@ impl Transport for MemoryTransport {
         for listening in all.iter().filter_map(Weak::upgrade) {
             listening.end();
         }
+        // Publishers that wait for room learn that there will be none.
+        self.broker.room.notify_waiters();
         Ok(())
     }
 }
@@ -271,23 +281,28 @@ async fn settle(broker: Weak<MemoryBroker>, id: u64, replies: AckReplies) {
     }
 }
 
-/// Copies the broker's state to a link until one of them is gone or the link is closed.
-fn follow(broker: &MemoryBroker, link: &Arc<watch::Sender<LinkState>>) {
+/// Copies the broker's state to a link, now and whenever it changes, unless the link is closed.
+fn copy_states(
+    broker: &MemoryBroker,
+    link: Arc<watch::Sender<LinkState>>,
+) -> impl Future<Output = ()> + use<> {
     let mut states = broker.state.subscribe();
-    let link = Arc::downgrade(link);
-    tokio::spawn(async move {
+    let copy = move |state: &LinkState| {
+        link.send_if_modified(|current| {
+            let open = !matches!(current, LinkState::Closed { .. });
+            if open {
+                current.clone_from(state);
+            }
+            open
+        });
+    };
+    copy(&states.borrow_and_update());
+    async move {
         while states.changed().await.is_ok() {
-            let Some(link) = link.upgrade() else { return };
             let state = states.borrow_and_update().clone();
-            link.send_if_modified(|current| {
-                let open = !matches!(current, LinkState::Closed { .. });
-                if open {
-                    *current = state;
-                }
-                open
-            });
+            copy(&state);
         }
-    });
+    }
 }
 
 #[derive(Debug)]

@@ -93,11 +93,14 @@ where
             biased;
             () = stop.stopped() => break,
             Some(_) = running.join_next(), if !running.is_empty() => {}
-            incoming = poll_fn(|context| subscriber.poll_unsettled(context)), if !full => match incoming {
-                None => break,
-                Some(Incoming::Gap(gap)) => handler.on_gap(gap),
-                Some(Incoming::Malformed(malformed)) => handler.on_malformed(malformed),
-                Some(Incoming::Message(message)) => {
+            incoming = poll_fn(|context| subscriber.poll_unsettled(context)), if !full => {
+                let noted = match incoming {
+                    None => break,
+                    Some(Incoming::Gap(gap)) => catch(async { handler.on_gap(gap) }).await,
+                    Some(Incoming::Malformed(malformed)) => {
+                        catch(async { handler.on_malformed(malformed) }).await
+                    }
+                    Some(Incoming::Message(message)) => {
                     let handler = handler.clone();
                     let dedup = subscriber.dedup.clone();
                     running.spawn(async move {
@@ -113,8 +116,13 @@ where
                             }
                         }
                     });
+                    Ok(())
                 }
-            },
+                };
+                if let Err(panic) = noted {
+                    tracing::error!(pattern = %subscriber.pattern(), %panic, "message handler failed over a notice");
+                }
+            }
         }
     }
     // Ends the subscription before the wait: what nobody takes should go elsewhere soon.

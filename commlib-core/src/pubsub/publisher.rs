@@ -58,7 +58,7 @@ impl PublisherOptions {
 
 /// Publishes values on one topic.
 ///
-/// Messages of one publisher arrive in order. It may be shared between tasks.
+/// Messages of one publisher and its clones arrive in order. It may be shared between tasks, and is cheap to clone.
 #[must_use]
 pub struct Publisher<T = Value> {
     outlet: Outlet,
@@ -68,7 +68,7 @@ pub struct Publisher<T = Value> {
     value: PhantomData<fn(&T)>,
 }
 
-/// Publishes values on topics that are named with each message.
+/// Publishes values on topics that are named with each message. Cheap to clone.
 #[doc(alias = "MPublisher")]
 #[doc(alias = "WPublisher")]
 #[must_use]
@@ -79,6 +79,7 @@ pub struct MultiPublisher<T = Value> {
 }
 
 /// What both kinds of publisher do.
+#[derive(Clone)]
 struct Outlet {
     connection: Connection,
     options: SendOptions,
@@ -104,6 +105,7 @@ impl<T: Serialize + Sync> Publisher<T> {
     /// # Errors
     /// [`ErrorKind::Encode`], [`ErrorKind::TooLarge`], [`ErrorKind::Closed`]; best effort also
     /// [`ErrorKind::ConnectionLost`] while the link is down; at least once also [`ErrorKind::Broker`] if it was refused.
+    /// At least once has no time limit: it waits for the link to come back.
     pub async fn publish(&self, value: &T) -> Result<()> {
         let receipt = self.enqueue(value).await?;
         self.outlet.confirmed(receipt).await
@@ -202,6 +204,28 @@ impl Outlet {
         Guarantee {
             delivery: self.options.delivery,
             durable: false,
+        }
+    }
+}
+
+impl<T> Clone for Publisher<T> {
+    fn clone(&self) -> Self {
+        Self {
+            outlet: self.outlet.clone(),
+            topic: self.topic.clone(),
+            name: self.name.clone(),
+            sequence: self.sequence.clone(),
+            value: PhantomData,
+        }
+    }
+}
+
+impl<T> Clone for MultiPublisher<T> {
+    fn clone(&self) -> Self {
+        Self {
+            outlet: self.outlet.clone(),
+            scope: self.scope.clone(),
+            value: PhantomData,
         }
     }
 }

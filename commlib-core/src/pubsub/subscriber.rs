@@ -169,7 +169,7 @@ pub struct Subscriber<T = Value> {
     held: Option<Arrival>,
     /// The message that the user has now.
     current: Unsettled,
-    /// A gap that rides on the next message of the stream.
+    /// A gap that waits for the next message of the stream, to ride on it.
     gap: Option<Gap>,
     scope: Scope,
     value: PhantomData<fn() -> T>,
@@ -243,10 +243,11 @@ impl<T: DeserializeOwned> Subscriber<T> {
     /// The handler is a closure `|message: Received<T>| async move { … }` that returns `()` or `Result<(), E>`, or a
     /// [`MessageHandler`]. At-least-once messages are acknowledged after its `Ok`; after an `Err` or a panic they come
     /// again, as often as the transport tries. Must be called within a tokio runtime.
-    pub fn on_message(self, handler: impl MessageHandler<T>) -> Handle
+    pub fn on_message(mut self, handler: impl MessageHandler<T>) -> Handle
     where
         T: Send + 'static,
     {
+        self.settle_current();
         let tasks = self.scope.tasks().clone();
         tasks.spawn(move |stop| handler::run(self, handler, stop))
     }
@@ -273,24 +274,27 @@ impl<T: DeserializeOwned> Subscriber<T> {
     }
 
     fn poll_recv(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Received<T>>>> {
-        loop {
-            match ready!(self.poll_incoming(context)) {
-                None => return Poll::Ready(None),
-                Some(Incoming::Gap(gap)) => self.gap = Some(merge(self.gap, gap)),
-                Some(Incoming::Malformed(malformed)) => {
-                    return Poll::Ready(Some(Err(malformed.error)));
+        let mut gap = self.gap.take();
+        let polled = loop {
+            match self.poll_incoming(context) {
+                Poll::Pending => break Poll::Pending,
+                Poll::Ready(None) => break Poll::Ready(None),
+                Poll::Ready(Some(Incoming::Gap(later))) => gap = Some(merge(gap, later)),
+                Poll::Ready(Some(Incoming::Malformed(malformed))) => {
+                    break Poll::Ready(Some(Err(malformed.error)));
                 }
-                Some(Incoming::Message(mut message)) => {
-                    message.gap = self.gap.take();
-                    return Poll::Ready(Some(Ok(message)));
+                Poll::Ready(Some(Incoming::Message(mut message))) => {
+                    message.gap = gap.take();
+                    break Poll::Ready(Some(Ok(message)));
                 }
             }
-        }
+        };
+        self.gap = gap;
+        polled
     }
 
     fn poll_incoming(&mut self, context: &mut Context<'_>) -> Poll<Option<Incoming<Received<T>>>> {
-        let previous = std::mem::take(&mut self.current);
-        self.settle(&previous);
+        self.settle_current();
         let incoming = ready!(self.poll_unsettled(context));
         if let Some(Incoming::Message(message)) = &incoming {
             self.current = message.unsettled.clone();
@@ -303,6 +307,9 @@ impl<T: DeserializeOwned> Subscriber<T> {
         &mut self,
         context: &mut Context<'_>,
     ) -> Poll<Option<Incoming<Received<T>>>> {
+        if let Some(gap) = self.gap.take() {
+            return Poll::Ready(Some(Incoming::Gap(gap)));
+        }
         loop {
             let arrival = match self.held.take() {
                 Some(held) => held,
@@ -391,9 +398,10 @@ impl<T: DeserializeOwned> Subscriber<T> {
         }
     }
 
-    /// Acknowledges a message that is done, and remembers it against repetitions.
-    fn settle(&self, unsettled: &Unsettled) {
-        settle(self.dedup.as_deref(), unsettled);
+    /// The next message is asked for, so the one that the user has is done.
+    fn settle_current(&mut self) {
+        let current = std::mem::take(&mut self.current);
+        settle(self.dedup.as_deref(), &current);
     }
 }
 
@@ -421,7 +429,7 @@ fn merge(earlier: Option<Gap>, later: Gap) -> Gap {
         Some(earlier) => Gap::new(
             later.cause,
             match (earlier.missed, later.missed) {
-                (Some(a), Some(b)) => Some(a + b),
+                (Some(a), Some(b)) => Some(a.saturating_add(b)),
                 (a, b) => a.or(b),
             },
         ),

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, timeout_at};
 
 use super::router::Waiting;
 use crate::address::{Name, Target};
@@ -54,7 +53,7 @@ impl RpcClientOptions {
     }
 }
 
-/// Calls one service. May be shared between tasks; calls run side by side.
+/// Calls one service. May be shared between tasks, and is cheap to clone; calls run side by side.
 #[doc(alias = "RPCClient")]
 #[must_use]
 pub struct RpcClient<Q = Value, R = Value> {
@@ -100,17 +99,22 @@ impl<Q: Serialize + Sync, R: DeserializeOwned> RpcClient<Q, R> {
     /// # Errors
     /// As [`call`](Self::call).
     pub async fn call_within(&self, request: &Q, timeout: Duration) -> Result<R> {
-        let deadline = Instant::now() + timeout;
         let mut message = self.connection.message(codec::encode(request)?);
         message.header.timeout_ms = Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
-        let reply = timeout_at(deadline, self.exchange(message))
-            .await
-            .unwrap_or_else(|_| {
-                Err(Error::new(ErrorKind::Timeout, "call to")
-                    .at(&self.service)
+        let mut sent = false;
+        let exchange = self.exchange(message, &mut sent);
+        let Ok(reply) = tokio::time::timeout(timeout, exchange).await else {
+            let error = Error::new(ErrorKind::Timeout, "call to").at(&self.service);
+            return Err(match sent {
+                true => error
                     .because(format_args!("no reply within {timeout:?}"))
-                    .possibly_executed())
-            })?;
+                    .possibly_executed(),
+                false => error.because(format_args!(
+                    "the broker could not be asked to deliver replies within {timeout:?}"
+                )),
+            });
+        };
+        let reply = reply?;
         if let Some(error) = reply.header.error {
             return Err(Error::from_remote(&self.service, error));
         }
@@ -121,7 +125,8 @@ impl<Q: Serialize + Sync, R: DeserializeOwned> RpcClient<Q, R> {
         })
     }
 
-    async fn exchange(&self, mut message: Message) -> Result<Message> {
+    /// Sets `sent` before the request may have left.
+    async fn exchange(&self, mut message: Message, sent: &mut bool) -> Result<Message> {
         let connection = &self.connection;
         let mut waiting: Waiting = connection.replies().await?.wait()?;
         let correlation_id = match connection.link().capabilities().replies {
@@ -135,6 +140,7 @@ impl<Q: Serialize + Sync, R: DeserializeOwned> RpcClient<Q, R> {
             form: self.dialect,
         });
         let options = SendOptions::default().dialect(self.dialect);
+        *sent = true;
         let receipt = connection
             .transport()
             .send(&self.target, message, options)
@@ -150,6 +156,18 @@ impl<Q: Serialize + Sync, R: DeserializeOwned> RpcClient<Q, R> {
     /// The service's name, with the namespace.
     pub fn service(&self) -> &Name {
         &self.service
+    }
+}
+
+impl<Q, R> Clone for RpcClient<Q, R> {
+    fn clone(&self) -> Self {
+        Self {
+            connection: self.connection.clone(),
+            service: self.service.clone(),
+            target: self.target.clone(),
+            types: PhantomData,
+            ..*self
+        }
     }
 }
 

@@ -24,6 +24,7 @@ pub use handler::{RpcContext, RpcHandler};
 pub(crate) use router::ReplyRouter;
 pub use server::RpcServer;
 pub use service::RpcServiceOptions;
+use service::Service;
 
 /// Makes RPC clients and services. Implemented by [`Connection`](crate::Connection) and [`Node`](crate::Node).
 ///
@@ -91,7 +92,11 @@ pub trait Rpc: Scoped {
     ) -> impl Future<Output = Result<Handle>> + Send {
         let scope = self.scope();
         let name = scope.name(service);
-        async move { service::start(scope, name?, options, handler::erase(handler)).await }
+        async move {
+            let handler = handler::erase(handler);
+            let service = Service::listen(scope.connection(), name?, options, handler).await?;
+            Ok(scope.tasks().spawn(|stop| service.run(stop)))
+        }
     }
 
     /// As [`rpc_service`](Self::rpc_service) with a closure that may block: each call runs on a blocking thread.

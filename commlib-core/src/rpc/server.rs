@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::task::JoinSet;
 
 use super::handler::{Blocking, Erased, RpcHandler, erase};
-use super::service::{self, RpcServiceOptions};
+use super::service::{RpcServiceOptions, Service};
 use crate::address::Name;
 use crate::error::Result;
 use crate::message::RpcError;
@@ -72,13 +73,14 @@ impl RpcServer {
         for (method, handler) in self.methods {
             let name = self.prefix.join(&method)?;
             let options = self.options.clone();
-            methods.push(service::start(self.scope.clone(), name, options, handler).await?);
+            methods.push(Service::listen(self.scope.connection(), name, options, handler).await?);
         }
-        Ok(self.scope.tasks().spawn(|mut stop| async move {
-            stop.stopped().await;
-            for method in methods {
-                method.stop().await;
-            }
+        Ok(self.scope.tasks().spawn(|stop| async move {
+            let mut running: JoinSet<()> = methods
+                .into_iter()
+                .map(|method| method.run(stop.clone()))
+                .collect();
+            while running.join_next().await.is_some() {}
         }))
     }
 }

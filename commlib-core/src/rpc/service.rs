@@ -17,8 +17,7 @@ use crate::error::{ErrorKind, Result};
 use crate::inbox::{Arrival, Inbox, Incoming};
 use crate::message::{Header, Message, ReplyTo, RpcError};
 use crate::panic::catch;
-use crate::scope::Scope;
-use crate::tasks::{Handle, Stop};
+use crate::tasks::Stop;
 use crate::transport::{ListenOptions, SendOptions};
 
 /// How long a request is remembered whose caller did not say how long it waits.
@@ -56,7 +55,7 @@ impl RpcServiceOptions {
     /// Sets how many requests are handled at a time.
     #[must_use]
     pub fn concurrency(mut self, concurrency: usize) -> Self {
-        self.concurrency = concurrency.max(1);
+        self.concurrency = concurrency;
         self
     }
 
@@ -75,37 +74,10 @@ impl RpcServiceOptions {
     }
 }
 
-pub(super) async fn start(
-    scope: Scope,
-    name: Name,
-    options: RpcServiceOptions,
-    handler: Erased,
-) -> Result<Handle> {
-    let connection = scope.connection().clone();
-    let listen = ListenOptions::default()
-        .dialect(connection.dialect())
-        .prefetch((options.queue_limit + options.concurrency).max(MIN_INBOX))
-        .max_bytes(64 << 20);
-    let inbox = connection
-        .transport()
-        .listen(&Source::Queue(name.clone()), listen)
-        .await?;
-    let service = Service {
-        shared: Arc::new(Shared {
-            connection,
-            name,
-            handler,
-            window: Mutex::new(ReplyWindow::new(options.reply_window)),
-        }),
-        options,
-        waiting: VecDeque::new(),
-        running: JoinSet::new(),
-    };
-    Ok(scope.tasks().spawn(move |stop| service.run(inbox, stop)))
-}
-
-struct Service {
+/// A service whose requests arrive already.
+pub(super) struct Service {
     shared: Arc<Shared>,
+    inbox: Inbox,
     options: RpcServiceOptions,
     waiting: VecDeque<Request>,
     running: JoinSet<()>,
@@ -129,23 +101,53 @@ struct Request {
 }
 
 impl Service {
-    async fn run(mut self, mut inbox: Inbox, mut stop: Stop) {
+    pub(super) async fn listen(
+        connection: &Connection,
+        name: Name,
+        options: RpcServiceOptions,
+        handler: Erased,
+    ) -> Result<Self> {
+        let at_once = options.queue_limit.saturating_add(options.concurrency);
+        let listen = ListenOptions::default()
+            .dialect(connection.dialect())
+            .prefetch(at_once.max(MIN_INBOX))
+            .max_bytes(64 << 20);
+        let inbox = connection
+            .transport()
+            .listen(&Source::Queue(name.clone()), listen)
+            .await?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                connection: connection.clone(),
+                name,
+                handler,
+                window: Mutex::new(ReplyWindow::new(options.reply_window)),
+            }),
+            inbox,
+            options,
+            waiting: VecDeque::new(),
+            running: JoinSet::new(),
+        })
+    }
+
+    /// Serves until it is stopped or the connection is closed; then waits for what runs.
+    pub(super) async fn run(mut self, mut stop: Stop) {
         loop {
             tokio::select! {
                 biased;
                 () = stop.stopped() => break,
                 Some(_) = self.running.join_next(), if !self.running.is_empty() => {}
-                incoming = inbox.recv() => match incoming {
+                incoming = self.inbox.recv() => match incoming {
                     None => break,
                     Some(incoming) => self.take(incoming),
                 },
             }
             self.start_waiting();
         }
-        while let Some(incoming) = inbox.try_recv() {
+        self.inbox.stop();
+        while let Some(incoming) = self.inbox.try_recv() {
             self.take(incoming);
         }
-        drop(inbox);
         for request in std::mem::take(&mut self.waiting) {
             // With a duty to acknowledge, dropping it sends the request to another service.
             if request.ack.is_none() {
@@ -223,7 +225,7 @@ impl Service {
     }
 
     fn start_waiting(&mut self) {
-        while self.running.len() < self.options.concurrency {
+        while self.running.len() < self.options.concurrency.max(1) {
             let Some(request) = self.waiting.pop_front() else {
                 return;
             };

@@ -94,16 +94,24 @@ impl ReplyWindow {
     pub(super) fn answered(&mut self, key: &RequestKey, reply: Message) {
         if let Some(entry) = self.entries.get_mut(key) {
             self.bytes += reply.data.len();
-            entry.reply = Some(reply);
+            let earlier = entry.reply.replace(reply);
+            self.bytes -= earlier.map_or(0, |reply| reply.data.len());
             self.bound();
         }
     }
 
     /// Forgets a request that was not run, so that it runs when it comes again.
     pub(super) fn forget(&mut self, key: &RequestKey) {
-        // Its place in the order stays until its time.
         if let Some(entry) = self.entries.remove(key) {
             self.bytes -= entry.reply.map_or(0, |reply| reply.data.len());
+            // The newest, as a request is that found the queue full, takes up no place. That of another stays for its time.
+            if self
+                .order
+                .back()
+                .is_some_and(|place| place.serial == entry.serial)
+            {
+                self.order.pop_back();
+            }
         }
     }
 
@@ -185,5 +193,26 @@ mod tests {
         window.forget(&key("1"));
         assert_eq!(window.note(&key("1"), now, KEEP), Seen::New);
         assert_eq!(ReplyWindow::new(0).note(&key("1"), now, KEEP), Seen::New);
+    }
+
+    #[test]
+    fn refused_requests_push_out_nothing_that_runs() {
+        let now = Instant::now();
+        let mut window = ReplyWindow::new(2);
+        window.note(&key("runs"), now, KEEP);
+        for id in ["2", "3", "4"] {
+            window.note(&key(id), now, KEEP);
+            window.forget(&key(id));
+        }
+        assert_eq!(window.note(&key("runs"), now, KEEP), Seen::Running);
+    }
+
+    #[test]
+    fn a_reply_in_place_of_another_is_counted_once() {
+        let mut window = ReplyWindow::new(2);
+        window.note(&key("1"), Instant::now(), KEEP);
+        window.answered(&key("1"), reply(5));
+        window.answered(&key("1"), reply(3));
+        assert_eq!(window.bytes, 3);
     }
 }
