@@ -340,11 +340,12 @@ impl Transport for AmqpTransport {
             return Ok(inbox);
         }
         let last = AtomicU64::new(0);
-        Ok(inbox.with_leases(Leases::new(move || {
+        Ok(inbox.with_leases(Leases::new(move |_| {
             ReplyLease::new(
                 REPLY_TO,
                 lease_key(id, last.fetch_add(1, Ordering::Relaxed)),
             )
+            .correlated()
         })))
     }
 

@@ -317,7 +317,7 @@ async fn recorded_replies_are_read() {
         .await
         .unwrap();
     for frame in frames().iter().filter(|frame| frame.kind == Kind::Reply) {
-        let lease = replies.lease().unwrap();
+        let lease = replies.lease(&name(&service)).unwrap();
         let mut request = Message::new(r#"{"a":40,"b":2}"#);
         request.header.timeout_ms = Some(5000);
         request.header.correlation_id = Some(lease.key.clone());

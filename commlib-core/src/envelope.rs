@@ -193,15 +193,25 @@ pub fn decode(payload: &Bytes, usage: Use, dialect: Dialect) -> Result<Message> 
 /// Nothing is checked behind the header, so only a header with our own marks (`sender` and `message_id`) is
 /// taken this way; whoever forges those gets a decoding error at the endpoint.
 fn ours(payload: &Bytes) -> Option<(Header, Bytes)> {
-    const START: &[u8] = b"{\"header\":";
     const MIDDLE: &[u8] = b",\"data\":";
-    let rest = payload.strip_prefix(START)?;
-    let end = object_end(rest)?;
-    let (header, rest) = rest.split_at_checked(end)?;
+    let (header, rest) = leading_header(payload)?;
     let data = rest.strip_prefix(MIDDLE)?.strip_suffix(b"}")?;
-    let header = parse_header(std::str::from_utf8(header).ok()?).ok()?;
     (header.sender.is_some() && header.message_id.is_some())
         .then(|| (header, payload.slice_ref(data)))
+}
+
+/// Reads the header at the start of a payload, whatever stands behind it.
+///
+/// For payloads that [`decode`] refuses or that are too large to be used: the header tells whose they are.
+pub fn peek(payload: &[u8]) -> Option<Header> {
+    leading_header(payload).map(|(header, _)| header)
+}
+
+fn leading_header(payload: &[u8]) -> Option<(Header, &[u8])> {
+    let rest = payload.strip_prefix(b"{\"header\":")?;
+    let (header, rest) = rest.split_at_checked(object_end(rest)?)?;
+    let header = parse_header(std::str::from_utf8(header).ok()?).ok()?;
+    Some((header, rest))
 }
 
 /// How long the JSON object at the start of `text` is. Only braces and strings are looked at.

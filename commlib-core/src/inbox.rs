@@ -182,9 +182,9 @@ impl Inbox {
         self
     }
 
-    /// A reply address for one call; `None` if this is not an inbox of replies.
-    pub fn lease(&self) -> Option<ReplyLease> {
-        self.leases.as_ref().map(Leases::lease)
+    /// A reply address for one call to a service; `None` if this is not an inbox of replies.
+    pub fn lease(&self, service: &Name) -> Option<ReplyLease> {
+        self.leases.as_ref().map(|leases| leases.lease(service))
     }
 
     /// The source of reply addresses; `None` if this is not an inbox of replies.

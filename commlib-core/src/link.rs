@@ -49,6 +49,8 @@ pub struct Capabilities {
     pub confirms: bool,
     /// Whether subscribing at least once is possible: the session keeps and repeats what is not acknowledged.
     pub acks: bool,
+    /// Whether at-least-once subscriptions may be patterns, and not only names.
+    pub ack_patterns: bool,
 }
 
 impl Default for Capabilities {
@@ -61,6 +63,7 @@ impl Default for Capabilities {
             max_payload: DEFAULT_MAX_PAYLOAD,
             confirms: true,
             acks: true,
+            ack_patterns: true,
         }
     }
 }

@@ -3,29 +3,32 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::address::Name;
+
 /// Hands out [`ReplyLease`]s; belongs to an inbox of replies. Cheap to clone.
 #[derive(Clone)]
-pub struct Leases(Arc<dyn Fn() -> ReplyLease + Send + Sync>);
+pub struct Leases(Arc<dyn Fn(&Name) -> ReplyLease + Send + Sync>);
 
 /// A reply address for one call. Dropping it frees or retires the address; a reply that comes later finds nobody.
 pub struct ReplyLease {
     /// What goes into the request as its reply address.
     pub address: String,
-    /// What a reply to it carries as [`Arrival::key`](crate::Arrival::key). If the address is shared by several
-    /// calls this is also the correlation id of the request.
+    /// What a reply to it carries as [`Arrival::key`](crate::Arrival::key).
     pub key: String,
+    /// What the request carries as its correlation id; set if the transport looks at what replies echo.
+    pub correlation_id: Option<String>,
     on_drop: Option<Box<dyn FnOnce() + Send + Sync>>,
 }
 
 impl Leases {
-    /// Leases made by a function.
-    pub fn new(lease: impl Fn() -> ReplyLease + Send + Sync + 'static) -> Self {
+    /// Leases made by a function of the service that will reply.
+    pub fn new(lease: impl Fn(&Name) -> ReplyLease + Send + Sync + 'static) -> Self {
         Self(Arc::new(lease))
     }
 
-    /// A new lease.
-    pub fn lease(&self) -> ReplyLease {
-        (self.0)()
+    /// A new lease for the reply of a service. What the transport knows of the service may decide the address.
+    pub fn lease(&self, service: &Name) -> ReplyLease {
+        (self.0)(service)
     }
 }
 
@@ -35,8 +38,17 @@ impl ReplyLease {
         Self {
             address: address.into(),
             key: key.into(),
+            correlation_id: None,
             on_drop: None,
         }
+    }
+
+    /// Makes the key the correlation id of the request: the address is shared by several calls, or the transport wants
+    /// to know which services echo it.
+    #[must_use]
+    pub fn correlated(mut self) -> Self {
+        self.correlation_id = Some(self.key.clone());
+        self
     }
 
     /// Runs `give_back` when the lease is dropped.

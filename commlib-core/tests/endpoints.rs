@@ -234,7 +234,9 @@ async fn peer_clocks_do_not_matter() {
     let mut message = commlib_core::Message::new("5");
     let now = message.header.timestamp.unwrap();
     for timestamp in [now - ten_years, now + ten_years] {
-        let lease = replies.lease().unwrap();
+        let lease = replies
+            .lease(&commlib_core::Name::new("service").unwrap())
+            .unwrap();
         message.header.timestamp = Some(timestamp);
         message.header.timeout_ms = Some(50);
         message.header.reply_to = Some(commlib_core::ReplyTo {
@@ -276,7 +278,9 @@ async fn a_request_that_comes_twice_runs_once() {
         .listen(&Source::Replies, ListenOptions::default())
         .await
         .unwrap();
-    let lease = replies.lease().unwrap();
+    let lease = replies
+        .lease(&commlib_core::Name::new("service").unwrap())
+        .unwrap();
     let mut request = commlib_core::Message::new("null");
     request.header.sender = Some("peer".into());
     request.header.message_id = Some("1".into());

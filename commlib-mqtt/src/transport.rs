@@ -203,7 +203,7 @@ impl MqttTransport {
 
     fn leases(&self) -> Leases {
         let (replies, last) = (self.replies.clone(), self.last_lease.clone());
-        Leases::new(move || {
+        Leases::new(move |_| {
             let key = (last.fetch_add(1, Ordering::Relaxed) + 1).to_string();
             ReplyLease::new(format!("{replies}{key}"), key)
         })

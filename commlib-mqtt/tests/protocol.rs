@@ -346,7 +346,11 @@ async fn replies_learn_of_a_lost_link_at_once() {
         peer.subscribed(&[Some(AtMostOnce)])
     );
     let mut replies = replies.unwrap();
-    let (one, two) = (replies.lease().unwrap(), replies.lease().unwrap());
+    let service = commlib_core::Name::new("service").unwrap();
+    let (one, two) = (
+        replies.lease(&service).unwrap(),
+        replies.lease(&service).unwrap(),
+    );
     assert!(filters[0].0.ends_with("/#") && one.address != two.address);
     peer.publish(&two.address, AtMostOnce, 0, "1").await;
     assert_eq!(arrival(&mut replies).await.key, Some(two.key.clone()));

@@ -169,11 +169,11 @@ impl MemoryTransport {
             .add_replies(self.id.clone(), sender.clone());
         let (id, next) = (self.id.clone(), AtomicU64::new(0));
         let kind = self.link.capabilities().replies;
-        let leases = Leases::new(move || {
+        let leases = Leases::new(move |_| {
             let key = next.fetch_add(1, Ordering::Relaxed).to_string();
             match kind {
                 ReplyKind::AddressPerCall => ReplyLease::new(format!("{id}/{key}"), key),
-                ReplyKind::CorrelationId => ReplyLease::new(&*id, key),
+                ReplyKind::CorrelationId => ReplyLease::new(&*id, key).correlated(),
             }
         });
         self.guard(inbox, sender, Place::Replies(self.id.clone()))

@@ -195,6 +195,9 @@ impl<T: DeserializeOwned> Subscriber<T> {
                     "this session keeps nothing; on MQTT connect with `session=persistent` and a `client_id`",
                 );
             }
+            if !pattern.is_exact() && !connection.link().capabilities().ack_patterns {
+                return refuse("this broker keeps messages by topic; subscribe to a name");
+            }
         } else if options.durable.is_some() {
             return refuse("a durable subscription needs at-least-once delivery");
         }

@@ -12,7 +12,6 @@ use crate::address::{Name, Target};
 use crate::codec::{self, Value};
 use crate::connection::Connection;
 use crate::error::{Error, ErrorKind, Result};
-use crate::link::ReplyKind;
 use crate::message::{Dialect, Message, ReplyTo};
 use crate::scope::Scope;
 use crate::transport::SendOptions;
@@ -128,11 +127,8 @@ impl<Q: Serialize + Sync, R: DeserializeOwned> RpcClient<Q, R> {
     /// Sets `sent` before the request may have left.
     async fn exchange(&self, mut message: Message, sent: &mut bool) -> Result<Message> {
         let connection = &self.connection;
-        let mut waiting: Waiting = connection.replies().await?.wait()?;
-        let correlation_id = match connection.link().capabilities().replies {
-            ReplyKind::AddressPerCall => None,
-            ReplyKind::CorrelationId => Some(waiting.lease.key.clone()),
-        };
+        let mut waiting: Waiting = connection.replies().await?.wait(&self.service)?;
+        let correlation_id = waiting.lease.correlation_id.clone();
         message.header.correlation_id.clone_from(&correlation_id);
         message.header.reply_to = Some(ReplyTo {
             address: waiting.lease.address.clone(),

@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use super::pending::Pending;
-use crate::address::Source;
+use crate::address::{Name, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::inbox::{GapCause, Inbox, Incoming};
 use crate::message::{Dialect, Message};
@@ -68,9 +68,9 @@ impl ReplyRouter {
         })
     }
 
-    /// Prepares for the reply to one call.
-    pub(super) fn wait(&self) -> Result<Waiting> {
-        let lease = self.leases.lease();
+    /// Prepares for the reply to one call to a service.
+    pub(super) fn wait(&self, service: &Name) -> Result<Waiting> {
+        let lease = self.leases.lease(service);
         let (waiter, reply) = oneshot::channel();
         // What has arrived is older than this call: a lost link that nobody has looked at yet must not fail it.
         let mut inbox = lock(&self.inbox);

@@ -64,11 +64,13 @@ impl Transport for Watched {
             return Ok(inbox);
         };
         let count = self.leases.clone();
-        let counted = Leases::new(move || {
-            let lease = leases.lease();
+        let counted = Leases::new(move |service| {
+            let lease = leases.lease(service);
             count.fetch_add(1, Ordering::SeqCst);
             let count = count.clone();
-            ReplyLease::new(lease.address.clone(), lease.key.clone()).on_drop(move || {
+            let mut counted = ReplyLease::new(lease.address.clone(), lease.key.clone());
+            counted.correlation_id.clone_from(&lease.correlation_id);
+            counted.on_drop(move || {
                 count.fetch_sub(1, Ordering::SeqCst);
                 drop(lease);
             })

@@ -97,14 +97,18 @@ pub async fn what_cannot_be_promised_is_refused(fixture: &dyn Fixture) {
     };
     assert_eq!(refused, expected, "a publisher at least once");
     let options = SubscriberOptions::default().delivery(Delivery::AtLeastOnce);
-    let subscriber = connection.subscriber_with::<u64>(&topic, options).await;
-    let refused = subscriber.map(drop).map_err(|e| e.kind());
-    let expected = if capabilities.acks {
-        Ok(())
-    } else {
-        Err(ErrorKind::Unsupported)
-    };
-    assert_eq!(refused, expected, "a subscriber at least once");
+    let pattern = format!("{topic}.*");
+    let patterns = capabilities.acks && capabilities.ack_patterns;
+    for (what, possible) in [(&topic, capabilities.acks), (&pattern, patterns)] {
+        let subscriber = connection.subscriber_with::<u64>(what, options.clone());
+        let refused = subscriber.await.map(drop).map_err(|e| e.kind());
+        let expected = if possible {
+            Ok(())
+        } else {
+            Err(ErrorKind::Unsupported)
+        };
+        assert_eq!(refused, expected, "a subscriber of {what} at least once");
+    }
     let options = SubscriberOptions::default().durable("name");
     let subscriber = connection.subscriber_with::<u64>(&topic, options).await;
     let refused = subscriber.map(drop).map_err(|e| e.kind());

@@ -44,7 +44,7 @@ macro_rules! __with_cases {
                 a_rejected_message_comes_again_or_not [Acks]
                 an_unreadable_message_is_acknowledged [Acks]
                 a_durable_subscription_keeps_messages_while_away [Acks, Confirms]
-                overlapping_at_least_once_subscriptions [Acks]
+                overlapping_at_least_once_subscriptions [AckPatterns]
                 repetitions_after_failure_are_not_dropped [Acks]
             }
             queues {

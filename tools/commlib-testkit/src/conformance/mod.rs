@@ -95,6 +95,8 @@ pub enum Need {
     Confirms,
     /// Subscribing at least once.
     Acks,
+    /// Subscribing at least once to patterns.
+    AckPatterns,
     /// Services that share the work.
     Competing,
     /// Services that all get every request.
@@ -111,6 +113,7 @@ impl Need {
         match self {
             Self::Confirms => capabilities.confirms,
             Self::Acks => capabilities.acks,
+            Self::AckPatterns => capabilities.acks && capabilities.ack_patterns,
             Self::Competing => capabilities.queue == QueueKind::Competing,
             Self::FanOut => capabilities.queue == QueueKind::FanOut,
             Self::Kept => capabilities.absent_service == AbsentService::Kept,
@@ -124,6 +127,7 @@ impl fmt::Display for Need {
         f.write_str(match self {
             Self::Confirms => "`confirms`: the broker confirms nothing",
             Self::Acks => "`acks`: no session keeps what is not acknowledged",
+            Self::AckPatterns => "`ack_patterns`: at least once is for names, not for patterns",
             Self::Competing => "`queue: Competing`: every service gets every request",
             Self::FanOut => "`queue: FanOut`: services share the work",
             Self::Kept => "`absent_service: Kept`: requests do not wait for a service",

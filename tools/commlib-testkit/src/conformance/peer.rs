@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use commlib_core::{
     Arrival, Connection, Delivery, Dialect, Gap, Header, Inbox, Incoming, ListenOptions, Message,
-    Name, PubSub, Publisher, Received, ReplyKind, ReplyLease, ReplyTo, SendOptions, Source,
-    Subscriber, Target, Value, json,
+    Name, PubSub, Publisher, Received, ReplyLease, ReplyTo, SendOptions, Source, Subscriber,
+    Target, Value, json,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -155,17 +155,15 @@ impl Caller {
 
     /// A reply address in a form.
     pub(super) fn lease(&self, form: Dialect) -> Call {
+        // Of a service that nobody has called, so that no transport knows what it echoes.
+        let service = name(&unique("service"));
         let lease = self
             .replies
-            .lease()
+            .lease(&service)
             .expect("an inbox of replies leases addresses");
-        let correlation_id = match self.connection.link().capabilities().replies {
-            ReplyKind::AddressPerCall => None,
-            ReplyKind::CorrelationId => Some(lease.key.clone()),
-        };
         let reply_to = ReplyTo {
             address: lease.address.clone(),
-            correlation_id,
+            correlation_id: lease.correlation_id.clone(),
             form,
         };
         Call { lease, reply_to }
