@@ -2,8 +2,8 @@
 //!
 //! | for | there is |
 //! |---|---|
-//! | a broker of a test's own, to be killed, paused and restarted | [`Mosquitto`], [`RabbitMq`] |
-//! | a broker that all tests share | [`mqtt_url`], [`amqp_url`], and the program `commlib-testkit run -- COMMAND` |
+//! | a broker of a test's own, to be killed, paused and restarted | [`Mosquitto`], [`Redis`], [`RabbitMq`] |
+//! | a broker that all tests share | [`mqtt_url`], [`redis_url`], [`amqp_url`], and the program `commlib-testkit run -- COMMAND` |
 //! | a link that is cut, silent, slow or refused | [`Proxy`] |
 //! | what every transport must do | [`conformance`](mod@conformance) |
 //! | the proof that those cases can fail | [`wrong`] |
@@ -33,7 +33,8 @@
 //! ```
 //!
 //! # Environment
-//! * `COMMLIB_TEST_MQTT_URL`, `COMMLIB_TEST_AMQP_URL`: tests that break nothing use this broker instead of starting one.
+//! * `COMMLIB_TEST_MQTT_URL`, `COMMLIB_TEST_REDIS_URL`, `COMMLIB_TEST_AMQP_URL`: tests that break nothing use this broker
+//!   instead of starting one.
 //! * `COMMLIB_TEST_BROKERS=skip`: tests that need a broker are skipped.
 //! * `COMMLIB_TEST_BROKERS=require`, or `CI=true`: a missing broker program fails tests instead of skipping them.
 //!
@@ -52,6 +53,7 @@ mod port;
 mod process;
 mod proxy;
 mod rabbitmq;
+mod redis;
 mod shared;
 mod spy;
 mod wait;
@@ -61,4 +63,8 @@ pub use mosquitto::{Mosquitto, MosquittoBuilder};
 pub use port::free_port;
 pub use proxy::{Connections, Proxy};
 pub use rabbitmq::RabbitMq;
-pub use shared::{AMQP_URL, MQTT_URL, amqp_url, given_amqp_url, given_mqtt_url, mqtt_url};
+pub use redis::{Redis, RedisBuilder};
+pub use shared::{
+    AMQP_URL, MQTT_URL, REDIS_URL, amqp_url, given_amqp_url, given_mqtt_url, given_redis_url,
+    mqtt_url, redis_url,
+};

@@ -4,6 +4,7 @@ use tokio::sync::OnceCell;
 
 use crate::mosquitto::Mosquitto;
 use crate::rabbitmq::RabbitMq;
+use crate::redis::Redis;
 
 /// The environment variable that names an MQTT broker for tests that break nothing: one for a whole test run, which
 /// `commlib-testkit run` sets, or your own.
@@ -55,4 +56,29 @@ pub async fn amqp_url() -> Option<String> {
 /// What [`AMQP_URL`] says; empty is as good as missing.
 pub fn given_amqp_url() -> Option<String> {
     std::env::var(AMQP_URL).ok().filter(|url| !url.is_empty())
+}
+
+/// As [`MQTT_URL`], for a Redis server.
+pub const REDIS_URL: &str = "COMMLIB_TEST_REDIS_URL";
+
+static REDIS: OnceCell<Redis> = OnceCell::const_new();
+
+/// The Redis server for tests that break nothing: the one that [`REDIS_URL`] names, or one that is started at the first
+/// call and serves this process until its end. `None` if there is neither; then the test is skipped.
+///
+/// # Panics
+/// If there is none although the environment demands it, see [`Redis::available`].
+pub async fn redis_url() -> Option<String> {
+    if let Some(url) = given_redis_url() {
+        return Some(url);
+    }
+    if !Redis::available() {
+        return None;
+    }
+    Some(REDIS.get_or_init(Redis::start).await.url())
+}
+
+/// What [`REDIS_URL`] says; empty is as good as missing.
+pub fn given_redis_url() -> Option<String> {
+    std::env::var(REDIS_URL).ok().filter(|url| !url.is_empty())
 }
