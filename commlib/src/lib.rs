@@ -50,9 +50,10 @@
 //! |---|---|---|
 //! | `memory:NAME` | always there | all who connect to `NAME` within one process |
 //! | `mqtt://[user:password@]host[:1883]` | `mqtt` | MQTT 3.1.1 |
+//! | `redis://[user:password@]host[:6379][/database]` | `redis` | Redis and what speaks its protocol |
 //! | `amqp://[user:password@]host[:5672]/[vhost]` | `amqp` | AMQP 0-9-1, RabbitMQ |
 //!
-//! `mqtts://` and `amqps://` (TLS) are known and not there yet: they give [`ErrorKind::Unsupported`].
+//! `mqtts://`, `rediss://` and `amqps://` (TLS) are known and not there yet: they give [`ErrorKind::Unsupported`].
 
 #[doc(inline)]
 pub use commlib_core::*;
@@ -71,6 +72,13 @@ pub mod mqtt {
     pub use commlib_mqtt::*;
 }
 
+/// The Redis transport.
+#[cfg(feature = "redis")]
+pub mod redis {
+    #[doc(inline)]
+    pub use commlib_redis::*;
+}
+
 /// Connects to the broker that `url` names, and resolves when the connection stands.
 ///
 /// The scheme picks the transport; see [the table of brokers](crate#brokers). Cancelling it ends the attempt.
@@ -87,17 +95,21 @@ pub async fn connect(url: &str) -> Result<Connection> {
         "mqtt" | "mqtts" => mqtt::MqttConfig::from_url(url)?.connect().await,
         #[cfg(not(feature = "mqtt"))]
         "mqtt" | "mqtts" => Err(feature_off(&scheme, "mqtt")),
+        #[cfg(feature = "redis")]
+        "redis" | "rediss" => redis::RedisConfig::from_url(url)?.connect().await,
+        #[cfg(not(feature = "redis"))]
+        "redis" | "rediss" => Err(feature_off(&scheme, "redis")),
         #[cfg(feature = "amqp")]
         "amqp" | "amqps" => amqp::AmqpConfig::from_url(url)?.connect().await,
         #[cfg(not(feature = "amqp"))]
         "amqp" | "amqps" => Err(feature_off(&scheme, "amqp")),
         _ => Err(Error::new(ErrorKind::Config, "broker URL scheme")
             .at(scheme)
-            .because("it is unknown; known are memory, mqtt, mqtts, amqp, amqps")),
+            .because("it is unknown; known are memory, mqtt, mqtts, redis, rediss, amqp, amqps")),
     }
 }
 
-#[cfg(not(all(feature = "mqtt", feature = "amqp")))]
+#[cfg(not(all(feature = "mqtt", feature = "redis", feature = "amqp")))]
 fn feature_off(scheme: &str, feature: &str) -> Error {
     Error::new(ErrorKind::Config, "broker URL scheme")
         .at(scheme)

@@ -15,7 +15,7 @@ async fn an_unknown_scheme_lists_the_known() {
     assert_eq!(error.kind(), ErrorKind::Config);
     assert_eq!(
         error.to_string(),
-        "broker URL scheme `ftp`: it is unknown; known are memory, mqtt, mqtts, amqp, amqps"
+        "broker URL scheme `ftp`: it is unknown; known are memory, mqtt, mqtts, redis, rediss, amqp, amqps"
     );
 }
 
@@ -53,4 +53,24 @@ async fn options_are_checked_before_any_socket_opens() {
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config);
     assert!(error.to_string().contains("keepalive"), "{error}");
+}
+
+#[cfg(not(feature = "redis"))]
+#[tokio::test]
+async fn so_does_redis() {
+    let error = commlib::connect("redis://localhost").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert!(error.to_string().contains("feature `redis`"), "{error}");
+}
+
+#[cfg(feature = "redis")]
+#[tokio::test]
+async fn redis_options_are_checked_before_any_socket_opens() {
+    let error = commlib::connect("redis://localhost:1?stream=on")
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert!(error.to_string().contains("streams"), "{error}");
+    let error = commlib::connect("rediss://localhost:1").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
 }
