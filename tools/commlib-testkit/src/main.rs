@@ -4,7 +4,10 @@ use std::io;
 use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
-use commlib_testkit::{AMQP_URL, MQTT_URL, Mosquitto, RabbitMq, given_amqp_url, given_mqtt_url};
+use commlib_testkit::{
+    AMQP_URL, MQTT_URL, Mosquitto, REDIS_URL, RabbitMq, Redis, given_amqp_url, given_mqtt_url,
+    given_redis_url,
+};
 
 /// Brokers for tests of commlib.
 #[derive(Debug, Parser)]
@@ -16,7 +19,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// Runs a command with brokers around it: their URLs are in COMMLIB_TEST_MQTT_URL and COMMLIB_TEST_AMQP_URL.
+    /// Runs a command with brokers around it: their URLs are in COMMLIB_TEST_MQTT_URL, COMMLIB_TEST_REDIS_URL and
+    /// COMMLIB_TEST_AMQP_URL.
     Run {
         /// The command and its arguments.
         #[arg(trailing_var_arg = true, required = true, value_name = "COMMAND")]
@@ -63,6 +67,7 @@ async fn run(command: &[String]) -> ExitCode {
 /// The brokers that were started here: those that are installed, and not given by the environment.
 struct Brokers {
     mosquitto: Option<Mosquitto>,
+    redis: Option<Redis>,
     rabbitmq: Option<RabbitMq>,
 }
 
@@ -70,10 +75,14 @@ impl Brokers {
     async fn start() -> io::Result<Self> {
         let mut this = Self {
             mosquitto: None,
+            redis: None,
             rabbitmq: None,
         };
         if !given(MQTT_URL, given_mqtt_url().as_deref()) && Mosquitto::available() {
             this.mosquitto = Some(Mosquitto::builder().try_start().await?);
+        }
+        if !given(REDIS_URL, given_redis_url().as_deref()) && Redis::available() {
+            this.redis = Some(Redis::builder().try_start().await?);
         }
         if !given(AMQP_URL, given_amqp_url().as_deref()) && RabbitMq::available() {
             this.rabbitmq = Some(RabbitMq::try_start().await?);
@@ -84,11 +93,15 @@ impl Brokers {
     fn urls(&self) -> Vec<(&'static str, String)> {
         let mqtt = self.mosquitto.as_ref().map(|b| (MQTT_URL, b.url()));
         let amqp = self.rabbitmq.as_ref().map(|b| (AMQP_URL, b.url()));
-        mqtt.into_iter().chain(amqp).collect()
+        let redis = self.redis.as_ref().map(|b| (REDIS_URL, b.url()));
+        mqtt.into_iter().chain(redis).chain(amqp).collect()
     }
 
     async fn stop(&self) {
         if let Some(broker) = &self.mosquitto {
+            broker.stop().await;
+        }
+        if let Some(broker) = &self.redis {
             broker.stop().await;
         }
         if let Some(broker) = &self.rabbitmq {
