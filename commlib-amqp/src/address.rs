@@ -43,7 +43,7 @@ pub(crate) fn durable(name: &Name) -> Result<ShortString> {
 
 /// A name that this client makes up. Names made by the broker (`amq.gen-…`) cannot be asked for again.
 pub(crate) fn unique(what: &str) -> ShortString {
-    format!("commlib.{what}.{:032x}", fastrand::u128(..)).into()
+    format!("commlib.{what}.{}", commlib_core::random_id()).into()
 }
 
 /// Text of at most 255 bytes, as AMQP wants it for names.

@@ -191,11 +191,11 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// 128 random bits in hexadecimal.
+/// 128 random bits in hexadecimal, for names that no other program may choose.
 ///
 /// They come from the operating system: `fastrand` is seeded by the clock, and robots that boot together without a
 /// clock of their own must not take each other's replies.
-pub(crate) fn random_id() -> String {
+pub fn random_id() -> String {
     let half = || RandomState::new().build_hasher().finish();
     format!("{:016x}{:016x}", half(), half())
 }

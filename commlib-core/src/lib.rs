@@ -67,7 +67,7 @@ pub use address::{MAX_NAME_LEN, Name, Pattern, Source, Target, escape_segment, u
 pub use backoff::Backoff;
 pub use codec::{RawValue, Value, decode, encode, json};
 pub use config::{BrokerUrl, parse_duration};
-pub use connection::Connection;
+pub use connection::{Connection, random_id};
 pub use error::{Error, ErrorKind, Result};
 pub use inbox::{Arrival, Gap, GapCause, Inbox, InboxSender, Incoming, Malformed, StopGuard};
 pub use link::{

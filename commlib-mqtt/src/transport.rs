@@ -94,7 +94,7 @@ impl MqttTransport {
             best_effort,
             room,
             last_id: AtomicU64::new(0),
-            replies: format!("rpc-{:032x}/", fastrand::u128(..)).into(),
+            replies: format!("rpc-{}/", commlib_core::random_id()).into(),
             last_lease: Arc::new(AtomicU64::new(0)),
         }
     }
@@ -365,7 +365,7 @@ fn capabilities(config: &MqttConfig) -> Capabilities {
 fn client_id(config: &MqttConfig) -> Arc<str> {
     match &config.client_id {
         Some(id) => id.as_str().into(),
-        None => format!("commlib{:016x}", fastrand::u64(..)).into(),
+        None => format!("commlib{:.16}", commlib_core::random_id()).into(),
     }
 }
 

@@ -76,7 +76,7 @@ struct Call {
 
 impl Lists {
     pub(crate) fn new(commands: mpsc::Sender<Command>, events: Events) -> Self {
-        let shared = format!("rpc-{:032x}", fastrand::u128(..));
+        let shared = format!("rpc-{}", commlib_core::random_id());
         Self {
             wake: format!("{shared}-wake").into(),
             shared: shared.into(),

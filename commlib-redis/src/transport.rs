@@ -237,7 +237,7 @@ impl RedisTransport {
         let queue = Queue {
             key: address::key(name),
             name: name.clone(),
-            wake: format!("commlib:wake:{:032x}", fastrand::u128(..)).into(),
+            wake: format!("commlib:wake:{}", commlib_core::random_id()).into(),
             dialect: options.dialect,
             inbox: Some(sender),
             waiting: Some(waiting),
