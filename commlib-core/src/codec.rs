@@ -38,3 +38,10 @@ pub(crate) fn decode_borrowed<'a, T: serde::Deserialize<'a>>(text: &'a [u8]) -> 
     serde_json::from_slice(text)
         .map_err(|e| Error::new(ErrorKind::Decode, "decode message").because(e))
 }
+
+/// The innermost sentence of a decoding error, without "decode message:".
+pub(crate) fn reason(error: &Error) -> String {
+    let text = error.to_string();
+    text.strip_prefix("decode message: ")
+        .map_or(text.clone(), str::to_owned)
+}

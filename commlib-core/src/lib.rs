@@ -48,6 +48,7 @@ mod config;
 mod connection;
 pub mod envelope;
 mod error;
+mod header;
 mod inbox;
 mod link;
 mod memory;
