@@ -192,7 +192,7 @@ impl<T: DeserializeOwned> Subscriber<T> {
         if options.delivery == Delivery::AtLeastOnce {
             if !connection.link().capabilities().acks {
                 return refuse(
-                    "this session keeps nothing; on MQTT connect with `session=persistent` and a `client_id`",
+                    "this connection keeps nothing; the URL may have an option for it, such as `session=persistent` with a `client_id`, or `streams=on`",
                 );
             }
             if !pattern.is_exact() && !connection.link().capabilities().ack_patterns {
